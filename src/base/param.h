@@ -1,0 +1,44 @@
+// Parameters from the environment: named, typed, bounded, documented, read once at first use and logged when set.
+//
+//   static IntParam timeoutMs{"NCCL_MOE_TIMEOUT_MS", 100000, 1, INT_MAX, "milliseconds until a wait on a peer ends"};
+//   ... timeoutMs.get() ...
+//
+// A value that does not parse or is out of bounds is reported by WARN and the default holds.  docs/env.md lists them
+// all.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+
+namespace moe {
+
+class IntParam {
+ public:
+  constexpr IntParam(const char* name, int64_t def, int64_t min, int64_t max, const char* doc)
+    : name_(name), doc_(doc), value_(def), min_(min), max_(max) {}
+  int64_t get();
+
+ private:
+  const char* name_;
+  const char* doc_;
+  int64_t value_, min_, max_;
+  std::once_flag once_;
+};
+
+class StringParam {
+ public:
+  StringParam(const char* name, const char* def, const char* doc) : name_(name), doc_(doc), value_(def) {}
+  const std::string& get();
+
+ private:
+  const char* name_;
+  const char* doc_;
+  std::string value_;
+  std::once_flag once_;
+};
+
+// A whole decimal number with an optional K, M or G (powers of 1024); false if text is anything else.
+bool parseInt(const char* text, int64_t* value);
+
+} // namespace moe
