@@ -19,6 +19,8 @@
  *  - "Device memory" means memory of the communicator's backend: CUDA memory for ncclMoeCommInit, any host memory for
  *    ncclMoeCommInitHost.  Tensors are dense and row-major; the first index varies slowest.  Rows and all tensors start
  *    at multiples of 16 bytes (index, weight and count tensors: of their element).
+ *  - Pointers to tensors of zero elements may be NULL: whatever is said to be given on every rank, ranks without tokens
+ * (or rows) need not give.
  *  - Tensors belong to the caller and must stay valid, and inputs unchanged, until the work that the call enqueued on
  * the stream has run (until ncclMoeComplete's work for a SEND_ONLY call).
  *  - "Collective" means that every rank of the communicator calls it, in the same order as the communicator's other
@@ -275,8 +277,9 @@ typedef enum {
 /* Flags of dispatch and combine. */
 #define NCCL_MOE_SEND_ONLY 1u    /* only the sending half; ncclMoeComplete(routing) does the rest */
 #define NCCL_MOE_KEEP_ROUTING 2u /* dispatch: the routing of the last dispatch holds; topkIdx is not read */
-#define NCCL_MOE_EXACT 4u /* combine from expert layouts: every selection's row crosses the wire and is rounded once   \
-                           */
+#define NCCL_MOE_EXACT                                                                                                 \
+  4u /* combine from expert layouts: every selection's row crosses the wire and is rounded once                        \
+      */
 
 /* Arguments of a dispatch.  "rows" stands for the layout's leading dimensions: [N] or [L, R*maxTokens]. */
 typedef struct ncclMoeDispatchArgs {
