@@ -10,7 +10,7 @@ V          ?= 0
 MPI        ?= 0
 MPI_HOME   ?= /usr/lib/x86_64-linux-gnu/openmpi
 PKG_CONFIG ?= pkg-config
-CLANGXX    ?= clang++
+CLANGXX    ?= $(firstword $(shell command -v clang++-14 clang++ 2>/dev/null) clang++)
 CUDA_HOME  ?= $(firstword $(wildcard /usr/local/cuda /usr/lib/cuda))
 NVCC       ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
 NCCL_HOME  ?=
@@ -77,6 +77,8 @@ src = $(sort $(foreach d,$(1),$(wildcard $(d)/*.cc $(if $(filter 1,$(HAVE_CUDA))
 LIB_SRC  := $(call src,src/base src/api src/comm src/routing src/host $(if $(filter 1,$(HAVE_CUDA)),src/device))
 NET_SRC  := $(if $(HAVE_NET),$(call src,src/net))
 PLUG_SRC := $(if $(HAVE_NET),$(call src,plugin))
+# The library has a CUDA part, or says that it has none.
+LIB_SRC  := $(filter-out $(if $(filter src/device/%,$(LIB_SRC)),src/api/no_cuda.cc),$(LIB_SRC))
 LIB_OBJ  := $(call obj,$(LIB_SRC))
 NET_OBJ  := $(call obj,$(NET_SRC))
 SONAME   := libmoenccl.so.$(MAJOR)
@@ -95,10 +97,11 @@ AREAS    := $(filter-out common fuzz abi $(if $(filter 1,$(HAVE_CUDA)),,gpu) $(i
 PERFS    := $(filter-out $(if $(HAVE_NET),,net),$(call dirs,perf))
 TESTS    := $(AREAS:%=$(BUILDDIR)/bin/test_%)
 PERF     := $(PERFS:%=$(BUILDDIR)/bin/%_perf)
+EXAMPLES := $(patsubst examples/%/main.cc,%,$(wildcard examples/*/main.cc))
 FUZZERS  := $(patsubst tests/fuzz/%_fuzz.cc,%,$(wildcard tests/fuzz/*_fuzz.cc))
 COMMON   := $(call obj,$(call src,tests/common))
 
-.PHONY: all lib plugin perf tests check test demo lint format sanitize fuzz fuzzers install clean help setup
+.PHONY: all lib plugin perf tests examples check test demo lint format sanitize fuzz fuzzers install clean help setup
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -113,6 +116,7 @@ lib: $(LIB) $(STATIC) $(HEADERS) $(PC)
 plugin: $(PLUGIN)
 perf: $(PERF)
 tests: $(TESTS)
+examples: $(EXAMPLES:%=$(BUILDDIR)/bin/%)
 
 # ---------------------------------------------------------------------------------------------------- compiling ----
 # Objects depend on the flags they were compiled with: a change of SANITIZE, DEBUG, NVCC_GENCODE ... recompiles.
@@ -182,6 +186,12 @@ $(BUILDDIR)/bin/$(1)_perf: $$(PERF_$(1)_OBJ) $(LIB)
 endef
 $(foreach p,$(PERFS),$(eval $(call perfRule,$(p))))
 
+# Examples see what an installed library offers, and no more.
+$(EXAMPLES:%=$(BUILDDIR)/bin/%): $(BUILDDIR)/bin/%: examples/%/main.cc $(LIB) $(HEADERS)
+	$(call say,Compiling,$<)mkdir -p $(@D)
+	$(Q)$(CXX) -std=c++17 -Wall -Wextra $(WERROR_C) $(if $(SANITIZE),-fsanitize=$(SANITIZE)) -I$(BUILDDIR)/include \
+	  $(if $(filter 1,$(HAVE_CUDA)),$(CUDA_CPP),-DNCCL_MOE_NO_CUDA) $< -o $@ $(RPATH) -L$(BUILDDIR)/lib -lmoenccl -pthread
+
 $(BUILDDIR)/include/%.h: include/%.h
 	$(Q)mkdir -p $(@D)
 	$(Q)cp $< $@
@@ -220,13 +230,12 @@ demo: setup
 setup:
 	@scripts/setup
 lint:
+	scripts/format --check
 	scripts/lint
 format:
-	clang-format -i $$(git ls-files '*.cc' '*.h' '*.c' '*.cu' '*.cuh')
+	scripts/format
 sanitize:
-	scripts/run-tests 'asan build=$(MAKE) BUILDDIR=build/asan SANITIZE=address,undefined HAVE_CUDA=0 tests' \
-	  'build/asan/bin/test_*' 'tsan build=$(MAKE) BUILDDIR=build/tsan SANITIZE=thread HAVE_CUDA=0 tests' \
-	  'build/tsan/bin/test_*'
+	scripts/test-all asan tsan
 
 # ----------------------------------------------------------------------------------------------------- installing ----
 define PC_TEXT
