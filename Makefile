@@ -89,11 +89,12 @@ HEADERS  := $(BUILDDIR)/include/nccl_moe.h
 PC       := $(BUILDDIR)/lib/pkgconfig/moenccl.pc
 
 # tests/<area>/ is one GoogleTest binary, perf/<x>/ one perf binary, tests/fuzz/<name>_fuzz.cc one fuzz target.
-# A rules.mk in such a folder may set TEST_<area>_{SRC,CPP,LIBS}, PERF_<x>_{SRC,CPP,LIBS} or FUZZ_<name>_{SRC,LIBS}:
-# more sources (such as perf/moe/npy.cc), compiler flags and libraries.
+# A rules.mk in a folder of theirs may set TEST_<area>_{SRC,CPP,LIBS}, PERF_<x>_{SRC,CPP,LIBS} or
+# FUZZ_<name>_{SRC,LIBS} (more sources such as perf/moe/npy.cc, flags, libraries), or hold rules of its own.
+.DEFAULT_GOAL := all
 -include $(wildcard tests/*/rules.mk perf/*/rules.mk)
 dirs      = $(sort $(patsubst $(1)/%/,%,$(dir $(foreach f,$(wildcard $(1)/*/*.cc $(1)/*/*.cu),$(f)))))
-AREAS    := $(filter-out common fuzz abi $(if $(filter 1,$(HAVE_CUDA)),,gpu) $(if $(HAVE_NET),,net plugin),$(call dirs,tests))
+AREAS    := $(filter unit api host $(if $(filter 1,$(HAVE_CUDA)),gpu) $(if $(HAVE_NET),net plugin),$(call dirs,tests))
 PERFS    := $(filter-out $(if $(HAVE_NET),,net),$(call dirs,perf))
 TESTS    := $(AREAS:%=$(BUILDDIR)/bin/test_%)
 PERF     := $(PERFS:%=$(BUILDDIR)/bin/%_perf)
