@@ -7,6 +7,7 @@
 #include "net/topology.h"
 
 namespace moe {
+namespace net {
 namespace {
 
 std::vector<std::string> split(const std::string& text, char separator) {
@@ -230,4 +231,5 @@ ncclResult_t chooseNics(const Topology& topology, const std::vector<PciAddress>&
   return ncclSuccess;
 }
 
+} // namespace net
 } // namespace moe

@@ -9,6 +9,7 @@
 #include "base/error.h"
 
 namespace moe {
+namespace net {
 namespace {
 
 // The functions of libhwloc that are used.  Its inline helpers call more of them, so objects are walked by hand.
@@ -194,7 +195,8 @@ std::vector<PciAddress> Topology::gpus() const {
   const Hwloc& hwloc = *hwlocLibrary();
   const unsigned n = hwloc.count(topology_.get(), HWLOC_TYPE_DEPTH_PCI_DEVICE);
   for (unsigned i = 0; i < n; i++) {
-    const decltype(hwloc_obj_attr_u::pcidev)& pci = hwloc.object(topology_.get(), HWLOC_TYPE_DEPTH_PCI_DEVICE, i)->attr->pcidev;
+    const decltype(hwloc_obj_attr_u::pcidev)& pci =
+      hwloc.object(topology_.get(), HWLOC_TYPE_DEPTH_PCI_DEVICE, i)->attr->pcidev;
     if (pci.vendor_id == nvidiaVendor && pci.class_id >> 8 == displayClass) gpus.push_back(addressOf(pci));
   }
   std::sort(gpus.begin(), gpus.end());
@@ -247,4 +249,5 @@ ncclResult_t Topology::cpusNear(PciAddress device, cpu_set_t* cpus) const {
   return ncclSuccess;
 }
 
+} // namespace net
 } // namespace moe

@@ -17,6 +17,7 @@
 struct hwloc_topology;
 
 namespace moe {
+namespace net {
 
 // A PCI address as hwloc, sysfs, CUDA (upper case) and NVML (8-digit domain) write it: [domain:]bus:device.function.
 struct PciAddress {
@@ -103,4 +104,5 @@ ncclResult_t chooseNics(const Topology& topology, const std::vector<PciAddress>&
                         const std::string& user, std::vector<NicChoice>* choices,
                         std::vector<std::string>* whyNot = nullptr);
 
+} // namespace net
 } // namespace moe
