@@ -58,7 +58,6 @@ ifeq ($(MPI),1)
   MPI_LIBS := -L$(MPI_HOME)/lib -lmpi
 endif
 HWLOC_CPP  := $(if $(HAVE_NET),$(shell $(PKG_CONFIG) --cflags hwloc))
-HWLOC_LIBS := $(if $(HAVE_NET),$(shell $(PKG_CONFIG) --libs hwloc))
 GTEST_LIBS := -lgtest_main -lgmock -lgtest
 RPATH      := -Wl,-rpath,'$$ORIGIN/../lib'
 
@@ -165,14 +164,14 @@ PLUG_OBJ := $(call obj,$(PLUG_SRC) $(NET_SRC) $(call src,src/base))
 $(BUILDDIR)/lib/libnccl-net-moe.so: $(PLUG_OBJ) plugin/libnccl-net-moe.map
 	$(call say,Linking,$@)mkdir -p $(@D)
 	$(Q)$(link) -shared -Wl,-soname,$(@F) -Wl,--version-script=plugin/libnccl-net-moe.map -Wl,-z,nodelete -Wl,-z,defs \
-	  $(PLUG_OBJ) $(HWLOC_LIBS) $(LDLIBS)
+	  $(PLUG_OBJ) $(LDLIBS)
 
 # Tests reach internals through the static library; dlopen finds the shared ones by their bare names.
 define testRule # area
 TEST_$(1)_OBJ := $(call obj,$(call src,tests/$(1)) $(TEST_$(1)_SRC)) $(COMMON) $(if $(filter net,$(1)),$(NET_OBJ))
 $(BUILDDIR)/bin/test_$(1): $$(TEST_$(1)_OBJ) $(STATIC) | $(if $(filter plugin,$(1)),$(PLUGIN)) $(LIB)
 	$$(call say,Linking,$$@)mkdir -p $$(@D)
-	$$(Q)$$(link) $$(RPATH) $$(TEST_$(1)_OBJ) $(STATIC) $(GTEST_LIBS) $(if $(filter net,$(1)),$(HWLOC_LIBS)) \
+	$$(Q)$$(link) $$(RPATH) $$(TEST_$(1)_OBJ) $(STATIC) $(GTEST_LIBS) \
 	  $(TEST_$(1)_LIBS) $(CUDA_LIBS) $(LDLIBS)
 endef
 $(foreach a,$(AREAS),$(eval $(call testRule,$(a))))
@@ -182,7 +181,7 @@ PERF_$(1)_OBJ := $(call obj,$(call src,perf/$(1)) $(PERF_$(1)_SRC)) \
                  $(if $(filter net,$(1)),$(NET_OBJ) $(call obj,$(call src,src/base)))
 $(BUILDDIR)/bin/$(1)_perf: $$(PERF_$(1)_OBJ) $(LIB)
 	$$(call say,Linking,$$@)mkdir -p $$(@D)
-	$$(Q)$$(link) $$(RPATH) $$(PERF_$(1)_OBJ) $(if $(filter net,$(1)),$(HWLOC_LIBS),-L$(BUILDDIR)/lib -lmoenccl) \
+	$$(Q)$$(link) $$(RPATH) $$(PERF_$(1)_OBJ) $(if $(filter net,$(1)),,-L$(BUILDDIR)/lib -lmoenccl) \
 	  $(PERF_$(1)_LIBS) $(CUDA_LIBS) $(MPI_LIBS) $(LDLIBS)
 endef
 $(foreach p,$(PERFS),$(eval $(call perfRule,$(p))))
@@ -212,7 +211,7 @@ define fuzzRule # name
 FUZZ_$(1)_OBJ := $(patsubst %,$(BUILDDIR)/fuzz/%.o,tests/fuzz/$(1)_fuzz.cc $(FUZZ_$(1)_SRC))
 $(BUILDDIR)/bin/fuzz_$(1): $$(FUZZ_$(1)_OBJ) $(BUILDDIR)/fuzz/libmoenccl.a
 	$$(call say,Linking,$$@)mkdir -p $$(@D)
-	$$(Q)$$(FUZZ_CXX) -fsanitize=fuzzer -o $$@ $$(FUZZ_$(1)_OBJ) $(BUILDDIR)/fuzz/libmoenccl.a $(HWLOC_LIBS) \
+	$$(Q)$$(FUZZ_CXX) -fsanitize=fuzzer -o $$@ $$(FUZZ_$(1)_OBJ) $(BUILDDIR)/fuzz/libmoenccl.a \
 	  $(FUZZ_$(1)_LIBS) $(LDLIBS)
 endef
 $(foreach f,$(FUZZERS),$(eval $(call fuzzRule,$(f))))
