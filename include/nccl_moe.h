@@ -11,23 +11,23 @@
  * Rules that hold for every function unless its comment says otherwise:
  *
  *  - It returns ncclResult_t.  Whatever is not ncclSuccess has a sentence in ncclMoeGetLastError that names the
- * argument. ncclInvalidArgument: an argument is wrong; nothing was enqueued, the communicator stays usable.
- * ncclInvalidUsage: the call does not fit the state or the backend; likewise.  ncclRemoteError: a peer failed, timed
- * out or aborted. ncclSystemError, ncclUnhandledCudaError, ncclInternalError: as in NCCL.
+ *    argument.  ncclInvalidArgument: an argument is wrong; nothing was enqueued, the communicator stays usable.
+ *    ncclInvalidUsage: the call does not fit the state or the backend; likewise.  ncclRemoteError: a peer failed, timed
+ *    out or aborted.  ncclSystemError, ncclUnhandledCudaError, ncclInternalError: as in NCCL.
  *  - Every struct that begins with {size, magic, version} is filled from its _INITIALIZER.  Fields are only ever
- * appended and their zero means the default, so a program built against an older header runs on a newer library.
+ *    appended and their zero means the default, so a program built against an older header runs on a newer library.
  *  - "Device memory" means memory of the communicator's backend: CUDA memory for ncclMoeCommInit, any host memory for
  *    ncclMoeCommInitHost.  Tensors are dense and row-major; the first index varies slowest.  Rows and all tensors start
  *    at multiples of 16 bytes (index, weight and count tensors: of their element).
  *  - Pointers to tensors of zero elements may be NULL: whatever is said to be given on every rank, ranks without tokens
- * (or rows) need not give.
+ *    (or rows) need not give.
  *  - Tensors belong to the caller and must stay valid, and inputs unchanged, until the work that the call enqueued on
- * the stream has run (until ncclMoeComplete's work for a SEND_ONLY call).
+ *    the stream has run (until ncclMoeComplete's work for a SEND_ONLY call).
  *  - "Collective" means that every rank of the communicator calls it, in the same order as the communicator's other
  *    collective calls.  A communicator is used by one thread at a time; ncclMoeCommAbort, ncclMoeCommGetAsyncError and
  *    ncclMoeGetLastError may be called by any thread at any time.
  *  - "Stream-ordered" means that the work is enqueued on the stream and the host does not wait.  The host backend has
- * no streams: it ignores the argument and has done the work when the call returns.
+ *    no streams: it ignores the argument and has done the work when the call returns.
  */
 #ifndef NCCL_MOE_H_
 #define NCCL_MOE_H_
@@ -144,9 +144,9 @@ ncclResult_t pncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks,
 
 /* Adds the MoE collectives to an NCCL communicator.
  * Collective over comm; synchronises the host; not capturable.  comm is borrowed: it must outlive *moe, and NCCL calls
- * on it must not run at the same time as this function.  The current CUDA device must be comm's. Errors:
- * ncclInvalidArgument, ncclInvalidUsage (no NCCL or too old a one in the process, or this build has no CUDA part),
- * ncclRemoteError, ncclUnhandledCudaError, ncclSystemError.  *moe is NULL after an error. */
+ * on it must not run at the same time as this function.  The current CUDA device must be comm's.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (no NCCL or too old a one in the process, or this build has no CUDA
+ * part), ncclRemoteError, ncclUnhandledCudaError, ncclSystemError.  *moe is NULL after an error. */
 ncclResult_t ncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoeConfig_t* config);
 ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoeConfig_t* config);
 
@@ -154,8 +154,9 @@ ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoe
  * or else the same boot) meet in shared memory, others over TCP.  Collective; waits for all ranks, timeoutMs at most.
  *   rendezvous  "tcp://HOST:PORT": rank 0 listens there, the others connect; or
  *               "file:///PATH": rank 0 writes its address to PATH (made new, readable by its user alone, gone after
- * init), which all ranks must see.  Used by one job at a time. Errors: ncclInvalidArgument, ncclSystemError,
- * ncclRemoteError (a rank did not come, or does not agree on the config). *moe is NULL after an error. */
+ *               init), which all ranks must see.  Used by one job at a time.
+ * Errors: ncclInvalidArgument, ncclSystemError, ncclRemoteError (a rank did not come, or does not agree on the config).
+ * *moe is NULL after an error. */
 ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
                                  const ncclMoeConfig_t* config);
 ncclResult_t pncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
@@ -168,7 +169,7 @@ ncclResult_t pncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 /* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  All ranks call it, but
  * it waits for no peer: one that died does not matter, and one that still works gets ncclRemoteError.  Synchronises
  * the host; not capturable; graphs that captured the communicator's calls must not be launched afterwards.  NULL is
- * fine. Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so). */
+ * fine.  Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so). */
 ncclResult_t ncclMoeCommDestroy(ncclMoeComm_t moe);
 ncclResult_t pncclMoeCommDestroy(ncclMoeComm_t moe);
 
@@ -277,9 +278,7 @@ typedef enum {
 /* Flags of dispatch and combine. */
 #define NCCL_MOE_SEND_ONLY 1u    /* only the sending half; ncclMoeComplete(routing) does the rest */
 #define NCCL_MOE_KEEP_ROUTING 2u /* dispatch: the routing of the last dispatch holds; topkIdx is not read */
-#define NCCL_MOE_EXACT                                                                                                 \
-  4u /* combine from expert layouts: every selection's row crosses the wire and is rounded once                        \
-      */
+#define NCCL_MOE_EXACT 4u        /* combine from expert layouts: every selection's row crosses, is rounded once */
 
 /* Arguments of a dispatch.  "rows" stands for the layout's leading dimensions: [N] or [L, R*maxTokens]. */
 typedef struct ncclMoeDispatchArgs {
@@ -308,11 +307,11 @@ typedef struct ncclMoeDispatchArgs {
                          * Ignored by ncclMoeLayoutExpertPadded. */
   void* recvScales;     /* as scaleLayout says; needed with scales or quant */
   int* recvTopkIdx;     /* RANK_MAJOR: [N, K] local expert ids, -1: not here; or NULL.  Other layouts: NULL */
-  float*
-    recvWeights; /* RANK_MAJOR: [N, K], 0 where recvTopkIdx is -1; other layouts: [rows]; or NULL.  Needs topkWeights */
-  int* recvCount;     /* [1]: N, or NULL */
-  int* expertCounts;  /* [L]: rows for each local expert, without padding, or NULL */
-  int* expertOffsets; /* EXPERT_MAJOR: [L+1] first row of each group, and N; or NULL.  Other layouts: NULL */
+  float* recvWeights;   /* RANK_MAJOR: [N, K], 0 where recvTopkIdx is -1; other layouts: [rows]; or NULL.  Needs
+                         * topkWeights */
+  int* recvCount;       /* [1]: N, or NULL */
+  int* expertCounts;    /* [L]: rows for each local expert, without padding, or NULL */
+  int* expertOffsets;   /* EXPERT_MAJOR: [L+1] first row of each group, and N; or NULL.  Other layouts: NULL */
   /* how */
   unsigned int flags; /* NCCL_MOE_SEND_ONLY | NCCL_MOE_KEEP_ROUTING */
   int numSms;         /* 0: the communicator's */
@@ -371,8 +370,9 @@ typedef struct ncclMoeCombineArgs {
 /* Brings rows back to their tokens' owners and sums them.  The sum of a token is made in FP32 and in a fixed order:
  *   default  each rank adds its (weighted) rows of the token in the order of the token's selections k, starting from 0,
  *            each product and each sum rounded to FP32, and rounds the result to type; the owner adds those in the
- *            order of the ranks, starting from 0, in FP32, and rounds to type.  One row per (token, rank) crosses the
- * wire. EXACT    the owner adds the (weighted) rows in the order of k and rounds once.  One row per selection crosses.
+ *            order of the ranks, starting from 0, in FP32, and rounds to type.  One row per (token, rank) crosses
+ *            the wire.
+ *   EXACT    the owner adds the (weighted) rows in the order of k and rounds once.  One row per selection crosses.
  * Collective (hidden, type, flags, withGradWeights and whether weights are given: the same on every rank);
  * stream-ordered; may be captured.  Needs a dispatch of the same routing before it, and may be repeated. Errors:
  * ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError, ncclUnhandledCudaError. */
