@@ -225,7 +225,7 @@ check: all tests
 test: setup
 	scripts/test-all
 demo: setup
-	$(MAKE) all
+	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc)) all
 	scripts/demo
 setup:
 	@scripts/setup

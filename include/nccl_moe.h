@@ -85,10 +85,9 @@ typedef struct ncclMoeRouting* ncclMoeRouting_t;
 
 /* Which kernels serve a communicator's calls. */
 typedef enum {
-  ncclMoeModeAuto = 0, /* by maxTokens */
-  ncclMoeModeThroughput =
-    1,                   /* training and prefill: counts are exchanged, then every row is written to its final slot */
-  ncclMoeModeLatency = 2 /* decoding: fixed slots, no count exchange before data moves */
+  ncclMoeModeAuto = 0,       /* by maxTokens */
+  ncclMoeModeThroughput = 1, /* training and prefill: counts are exchanged, then rows go to their final slots */
+  ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves */
 } ncclMoeMode_t;
 
 /* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs),
