@@ -1,0 +1,256 @@
+#include "perf/moe/bench.h"
+
+#include <algorithm>
+
+#include "perf/moe/checker.h"
+#include "perf/moe/numeric.h"
+#include "perf/moe/perf_error.h"
+
+namespace moe::perf {
+
+namespace {
+
+// The library's sentence, which names the function already.
+ncclResult_t libraryFail(ncclResult_t result, ncclMoeComm_t comm) {
+  const char* sentence = ncclMoeGetLastError(comm);
+  return perfFail(result, "%s", sentence[0] != '\0' ? sentence : ncclMoeGetLastError(nullptr));
+}
+
+struct RoutingDeleter {
+  ncclMoeComm_t comm;
+  void operator()(ncclMoeRouting_t routing) const { ncclMoeRoutingDestroy(routing, comm); }
+};
+using RoutingPtr = std::unique_ptr<ncclMoeRouting, RoutingDeleter>;
+
+struct CommDeleter {
+  void operator()(ncclMoeComm_t comm) const { ncclMoeCommDestroy(comm); }
+};
+using CommPtr = std::unique_ptr<ncclMoeComm, CommDeleter>;
+
+class RankRun {
+ public:
+  RankRun(const Options& options, Group& group, Device& device, Observer* observer)
+    : o_(options), group_(group), device_(device), observer_(observer) {}
+
+  ncclResult_t run(int64_t* wrong) {
+    PERFCHECK(makeRoutingSource(o_, group_.nRanks(), &source_));
+    const std::vector<int> steps = tokenSteps(o_);
+    const Shape largest = shapeOf(o_, group_.nRanks(), steps.back());
+    const int64_t maxSlots = capacityOf(largest, Routing(largest, *source_));
+    PERFCHECK(makeComm(largest));
+    PERFCHECK(checkMemory(largest, maxSlots));
+    BufferSet buffers(device_, comm_.get(), o_.libraryMemory);
+    PERFCHECK(buffers.take(largest, group_.rank(), maxSlots));
+    progress(0, static_cast<int>(steps.size()), "measuring the roofline");
+    PERFCHECK(device_.roofline(largest.recvRowBytes() + largest.scaleBytes, &dispatchRoofline_));
+    PERFCHECK(device_.roofline(largest.combineRowBytes(), &combineRoofline_));
+    for (size_t i = 0; i < steps.size(); i++) {
+      SizeResult result;
+      PERFCHECK(runSize(steps[i], buffers.get(), static_cast<int>(i), static_cast<int>(steps.size()), &result));
+      *wrong += std::max<int64_t>(0, result.dispatch.wrong) + std::max<int64_t>(0, result.combine.wrong);
+      if (observer_ != nullptr) observer_->result(result);
+    }
+    PERFCHECK(buffers.release());
+    PERFCHECK(group_.barrier()); // nobody leaves while another still works
+    return ncclSuccess;
+  }
+
+ private:
+  void progress(int size, int nSizes, const char* what) {
+    if (observer_ != nullptr) observer_->progress(size, nSizes, what);
+  }
+
+  // The rows that every rank's receive tensors get: the most that one needs.  A multiple of 4, as column-major scales
+  // want it.
+  int64_t capacityOf(const Shape& shape, const Routing& routing) const {
+    int64_t most = 0;
+    for (int r = 0; r < shape.nRanks; r++) most = std::max(most, slotsOf(shape, routing, r));
+    return shape.layout == ncclMoeLayoutExpertPadded ? most : (most + 3) / 4 * 4;
+  }
+
+  ncclResult_t makeComm(const Shape& largest) {
+    ncclMoeConfig_t config = NCCL_MOE_CONFIG_INITIALIZER;
+    config.nExperts = o_.experts;
+    config.maxTokens = largest.nTokens;
+    config.maxTopK = o_.topK;
+    config.maxRowBytes = std::max(largest.sendRowBytes(), largest.combineRowBytes());
+    config.mode = o_.mode;
+    config.numSms = o_.numSms;
+    config.timeoutMs = o_.timeoutSeconds * 1000;
+    ncclMoeComm_t comm = nullptr;
+    PERFCHECK(device_.commInit(&comm, config));
+    comm_.reset(comm);
+    return ncclSuccess;
+  }
+
+  ncclResult_t checkMemory(const Shape& largest, int64_t maxSlots) {
+    const size_t needed = bufferBytes(largest, maxSlots);
+    const size_t have = device_.freeMemory();
+    if (needed <= have) return ncclSuccess;
+    return perfFail(ncclInvalidArgument, "the tensors of a rank take %.1f GB at %d tokens; it may have %.1f GB",
+                    static_cast<double>(needed) * 1e-9, largest.nTokens, static_cast<double>(have) * 1e-9);
+  }
+
+  ncclMoeDispatchArgs_t dispatchArgs(const Shape& s, const Buffers& b, int64_t capacity) const {
+    ncclMoeDispatchArgs_t args = NCCL_MOE_DISPATCH_ARGS_INITIALIZER;
+    args.x = b.x;
+    args.type = s.type;
+    args.hidden = s.hidden;
+    args.nTokens = s.nTokens;
+    args.topkIdx = b.topkIdx;
+    args.topkIdxType = ncclInt64;
+    args.topkWeights = static_cast<float*>(b.topkWeights);
+    args.scales = b.scales;
+    args.scaleBytes = b.scales != nullptr ? s.scaleBytes : 0;
+    args.quant = s.quant;
+    args.scaleLayout = s.scaleLayout;
+    args.recvX = b.recvX;
+    args.recvCapacity = capacity;
+    args.recvScales = b.recvScales;
+    args.recvTopkIdx = static_cast<int*>(b.recvTopkIdx);
+    args.recvWeights = static_cast<float*>(b.recvWeights);
+    args.recvCount = static_cast<int*>(b.recvCount);
+    args.expertCounts = static_cast<int*>(b.expertCounts);
+    args.expertOffsets = static_cast<int*>(b.expertOffsets);
+    return args;
+  }
+
+  ncclMoeCombineArgs_t combineArgs(const Shape& s, const Buffers& b) const {
+    ncclMoeCombineArgs_t args = NCCL_MOE_COMBINE_ARGS_INITIALIZER;
+    args.x = b.expertX;
+    args.type = s.combineType;
+    args.hidden = s.hidden;
+    args.weights = s.weightsInside ? static_cast<float*>(b.recvWeights) : nullptr;
+    args.out = b.out;
+    args.flags = s.exact ? NCCL_MOE_EXACT : 0;
+    return args;
+  }
+
+  // Errors that the work met after it was enqueued.
+  ncclResult_t settle() {
+    PERFCHECK(device_.synchronize());
+    ncclResult_t asyncError = ncclSuccess;
+    const ncclResult_t result = ncclMoeCommGetAsyncError(comm_.get(), &asyncError);
+    if (result != ncclSuccess) return libraryFail(result, comm_.get());
+    return asyncError == ncclSuccess ? ncclSuccess : libraryFail(asyncError, comm_.get());
+  }
+
+  // Of each iteration the slowest rank's time; of those the median, least and greatest.
+  ncclResult_t timeCall(const Call& call, Measurement* m) {
+    const auto n = static_cast<size_t>(o_.iterations);
+    std::vector<double> us(n);
+    PERFCHECK(device_.time(call, o_.warmup, o_.iterations, o_.graphCalls, us.data()));
+    PERFCHECK(settle());
+    std::vector<double> all(n * static_cast<size_t>(group_.nRanks()));
+    PERFCHECK(group_.allGather(us.data(), all.data(), n * sizeof(double)));
+    for (size_t i = 0; i < all.size(); i++) us[i % n] = std::max(us[i % n], all[i]);
+    std::sort(us.begin(), us.end());
+    m->us = n % 2 == 1 ? us[n / 2] : (us[n / 2 - 1] + us[n / 2]) / 2;
+    m->usMin = us.front();
+    m->usMax = us.back();
+    return ncclSuccess;
+  }
+
+  ncclResult_t sumOverRanks(int64_t mine, int64_t* sum) {
+    std::vector<int64_t> all(group_.nRanks());
+    PERFCHECK(group_.allGather(&mine, all.data(), sizeof(mine)));
+    *sum = 0;
+    for (const int64_t n : all) *sum += n;
+    return ncclSuccess;
+  }
+
+  ncclResult_t runSize(int nTokens, const Buffers& b, int index, int nSizes, SizeResult* result) {
+    progress(index, nSizes, "preparing");
+    const Shape shape = shapeOf(o_, group_.nRanks(), nTokens);
+    const Routing routing(shape, *source_);
+    const Delivery delivery = deliveryOf(shape, routing, group_.rank());
+    const Case c{shape, routing, delivery, group_.rank(), capacityOf(shape, routing)};
+
+    ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
+    config.topK = shape.topK;
+    config.maxTokens = nTokens;
+    config.layout = shape.layout;
+    config.expertAlignment = shape.align;
+    ncclMoeRouting_t handle = nullptr;
+    const ncclResult_t created = ncclMoeRoutingCreate(&handle, comm_.get(), &config);
+    if (created != ncclSuccess) return libraryFail(created, comm_.get());
+    const RoutingPtr owner(handle, RoutingDeleter{comm_.get()});
+
+    const ncclMoeDispatchArgs_t dispatchArguments = dispatchArgs(shape, b, c.capacity);
+    const ncclMoeCombineArgs_t combineArguments = combineArgs(shape, b);
+    const Call dispatch = [&](cudaStream_t stream) {
+      const ncclResult_t r = ncclMoeDispatch(&dispatchArguments, handle, comm_.get(), stream);
+      return r == ncclSuccess ? r : libraryFail(r, comm_.get());
+    };
+    const Call combine = [&](cudaStream_t stream) {
+      const ncclResult_t r = ncclMoeCombine(&combineArguments, handle, comm_.get(), stream);
+      return r == ncclSuccess ? r : libraryFail(r, comm_.get());
+    };
+
+    const Traffic traffic = trafficOf(shape, routing);
+    int64_t rows = 0;
+    PERFCHECK(sumOverRanks(static_cast<int64_t>(delivery.rows.size()), &rows));
+    result->nTokens = nTokens;
+    result->nRows = rows / shape.nRanks;
+    result->dispatch.wireBytes = traffic.wireDispatch;
+    result->dispatch.allBytes = traffic.allDispatch;
+    result->dispatch.roofline = dispatchRoofline_;
+    result->combine.wireBytes = traffic.wireCombine;
+    result->combine.allBytes = traffic.allCombine;
+    result->combine.roofline = combineRoofline_;
+
+    PERFCHECK(writeInputs(device_, b, c));
+    PERFCHECK(writeExpertRows(device_, b, c));
+    progress(index, nSizes, "timing dispatch");
+    PERFCHECK(timeCall(dispatch, &result->dispatch));
+    progress(index, nSizes, "timing combine");
+    PERFCHECK(timeCall(combine, &result->combine));
+    if (o_.checks == 0) return ncclSuccess;
+    int64_t wrongDispatch = 0;
+    int64_t wrongCombine = 0;
+    for (int i = 0; i < o_.checks; i++) {
+      progress(index, nSizes, "verifying");
+      Shape fresh = shape; // the same routing, new data in every run
+      fresh.seed = mix64(shape.seed + static_cast<uint64_t>(i) + 1);
+      PERFCHECK(verify(Case{fresh, routing, delivery, c.rank, c.capacity}, b, dispatch, combine, &wrongDispatch,
+                       &wrongCombine));
+    }
+    PERFCHECK(sumOverRanks(wrongDispatch, &result->dispatch.wrong));
+    return sumOverRanks(wrongCombine, &result->combine.wrong);
+  }
+
+  ncclResult_t verify(const Case& c, const Buffers& b, const Call& dispatch, const Call& combine,
+                      int64_t* wrongDispatch, int64_t* wrongCombine) {
+    PERFCHECK(writeInputs(device_, b, c));
+    PERFCHECK(poisonDispatch(device_, b, c));
+    PERFCHECK(device_.synchronize());
+    PERFCHECK(dispatch(device_.stream()));
+    PERFCHECK(settle());
+    PERFCHECK(checkDispatch(device_, b, c, wrongDispatch));
+    // Combine reads the weights that dispatch delivered, but rows that do not depend on it.
+    PERFCHECK(writeExpertRows(device_, b, c));
+    PERFCHECK(poisonCombine(device_, b, c));
+    PERFCHECK(device_.synchronize());
+    PERFCHECK(combine(device_.stream()));
+    PERFCHECK(settle());
+    return checkCombine(device_, b, c, wrongCombine);
+  }
+
+  const Options& o_;
+  Group& group_;
+  Device& device_;
+  Observer* observer_;
+  std::unique_ptr<RoutingSource> source_;
+  CommPtr comm_;
+  double dispatchRoofline_ = 0;
+  double combineRoofline_ = 0;
+};
+
+} // namespace
+
+ncclResult_t runRank(const Options& options, Group& group, Device& device, Observer* observer, int64_t* wrong) {
+  *wrong = 0;
+  return RankRun(options, group, device, observer).run(wrong);
+}
+
+} // namespace moe::perf
