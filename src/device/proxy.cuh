@@ -46,12 +46,12 @@ __device__ __forceinline__ bool proxyDead(const ProxyRing& ring) {
 // across PCIe.
 __device__ inline bool proxyAwaitCredit(const ProxyRing& ring, uint64_t position) {
   auto* headCopy = reinterpret_cast<unsigned long long*>(ring.headCopy);
-  if (position - *static_cast<volatile unsigned long long*>(headCopy) < ring.capacity) return true;
+  if (position - *static_cast<volatile unsigned long long*>(headCopy) < ring.capacity()) return true;
   const uint64_t begin = proxyGlobalTimeNs();
   for (;;) {
     const uint64_t head = proxyLoadAcquire(&ring.header()->head);
     atomicMax(headCopy, static_cast<unsigned long long>(head));
-    if (position - head < ring.capacity) return true;
+    if (position - head < ring.capacity()) return true;
     if (proxyDead(ring)) return false;
     if (proxyGlobalTimeNs() - begin > ring.timeoutNs) {
       proxyStoreRelaxed(&ring.header()->abort, 1); // this position will never be filled
@@ -66,7 +66,7 @@ __device__ inline bool proxyPush(const ProxyRing& ring, const ProxyOp& op) {
   const uint64_t position = atomicAdd(reinterpret_cast<unsigned long long*>(ring.tail), 1ull);
   if (!proxyAwaitCredit(ring, position)) return false;
   uint64_t words[proxyWords];
-  proxyEncode(op, position, ring.capacity, words);
+  proxyEncode(op, position, ring.capacityBits, words);
   __threadfence_system();
   ProxySlot* slot = ring.slot(position);
 #pragma unroll

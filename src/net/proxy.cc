@@ -39,11 +39,12 @@ ncclResult_t Proxy::start(const std::vector<ProxyRing>& rings, ProxySink* sink, 
   for (const ProxyRing& ring : rings) {
     if (ring.base == nullptr || reinterpret_cast<uintptr_t>(ring.base) % 64 != 0)
       return fail(ncclInvalidArgument, "proxy: the ring's memory must be a multiple of 64 bytes");
-    if (ring.capacity == 0 || (ring.capacity & (ring.capacity - 1)) != 0)
-      return fail(ncclInvalidArgument, "proxy: a ring's capacity must be a power of two, not %u", ring.capacity);
+    if (ring.capacityBits > proxyMaxCapacityBits)
+      return fail(ncclInvalidArgument, "proxy: a ring has at most 2^%u slots, not 2^%u", proxyMaxCapacityBits,
+                  ring.capacityBits);
     if (ring.nCounters == 0 || ring.nCounters > proxyMaxCounters)
       return fail(ncclInvalidArgument, "proxy: a ring has 1 to %u counters, not %u", proxyMaxCounters, ring.nCounters);
-    memset(ring.base, 0, proxyRingBytes(ring.capacity, ring.nCounters));
+    memset(ring.base, 0, proxyRingBytes(ring.capacityBits, ring.nCounters));
   }
   std::unique_ptr<Proxy> created(new Proxy(rings, sink, config));
   try {
@@ -177,9 +178,9 @@ ncclResult_t Proxy::drain(size_t index, bool* worked) {
 
 ncclResult_t Proxy::read(size_t index, Slot* slot, ProxyOp* op) {
   RingState& state = rings_[index];
-  const uint64_t tag = proxyTag(state.head, state.ring.capacity);
+  const uint64_t tag = proxyTag(state.head, state.ring.capacityBits);
   const uint64_t lastTag =
-    state.head < state.ring.capacity ? 0 : proxyTag(state.head - state.ring.capacity, state.ring.capacity);
+    state.head < state.ring.capacity() ? 0 : proxyTag(state.head - state.ring.capacity(), state.ring.capacityBits);
   const ProxySlot* source = state.ring.slot(state.head);
   uint64_t words[proxyWords];
   int arrived = 0;

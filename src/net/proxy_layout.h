@@ -37,6 +37,7 @@ namespace net {
 constexpr uint32_t proxyMaxPeers = 1u << 16;
 constexpr uint32_t proxyMaxRegions = 1u << 16;
 constexpr uint32_t proxyMaxCounters = 1u << 16;
+constexpr uint32_t proxyMaxCapacityBits = 20;
 constexpr uint64_t proxyMaxBytes = (1ull << 40) - 1;  // of one put
 constexpr uint64_t proxyMaxOffset = (1ull << 48) - 1; // within a region
 constexpr int proxyWords = 8;
@@ -81,29 +82,30 @@ struct ProxyRing {
   uint64_t* tail = nullptr;     // producers' memory, 0 at first
   uint64_t* headCopy = nullptr; // likewise
   uint64_t timeoutNs = 0;
-  uint32_t capacity = 0; // slots, a power of two
+  uint32_t capacityBits = 0; // log2 of the number of slots
   uint32_t nCounters = 0;
 
+  MOE_HD uint32_t capacity() const { return 1u << capacityBits; }
   MOE_HD ProxyHeader* header() const { return reinterpret_cast<ProxyHeader*>(base); }
   MOE_HD uint64_t* counter(uint32_t i) const { return reinterpret_cast<uint64_t*>(base + sizeof(ProxyHeader)) + i; }
   MOE_HD ProxySlot* slot(uint64_t position) const {
     const size_t begin = (sizeof(ProxyHeader) + 8 * size_t(nCounters) + 63) / 64 * 64;
-    return reinterpret_cast<ProxySlot*>(base + begin) + (position & (capacity - 1));
+    return reinterpret_cast<ProxySlot*>(base + begin) + (position & (capacity() - 1));
   }
 };
 
-MOE_HD size_t proxyRingBytes(uint32_t capacity, uint32_t nCounters) {
-  return (sizeof(ProxyHeader) + 8 * size_t(nCounters) + 63) / 64 * 64 + sizeof(ProxySlot) * size_t(capacity);
+MOE_HD size_t proxyRingBytes(uint32_t capacityBits, uint32_t nCounters) {
+  return (sizeof(ProxyHeader) + 8 * size_t(nCounters) + 63) / 64 * 64 + (sizeof(ProxySlot) << capacityBits);
 }
 
-// The tag of a position's lap: 1 to 255, so that no word of the lap before and no zeroed memory has it.
-MOE_HD uint64_t proxyTag(uint64_t position, uint32_t capacity) { return 1 + position / capacity % 255; }
+// The tag of a position's lap, never 0, so that neither a word of the lap before nor zeroed memory has it.
+MOE_HD uint64_t proxyTag(uint64_t position, uint32_t capacityBits) { return 0x80 | (position >> capacityBits & 0x7f); }
 
 constexpr uint64_t proxyPayload = (1ull << 56) - 1;
 
 // Fields that do not fit are cut off here; the proxy thread checks what it gets.  In debugging builds of a kernel,
 // check proxyFits first.
-MOE_HD void proxyEncode(const ProxyOp& op, uint64_t position, uint32_t capacity, uint64_t words[proxyWords]) {
+MOE_HD void proxyEncode(const ProxyOp& op, uint64_t position, uint32_t capacityBits, uint64_t words[proxyWords]) {
   words[0] = (uint64_t(op.code & 15) | uint64_t(op.flags & 15) << 4 | uint64_t(op.peer & 0xffff) << 8 |
               uint64_t(op.localRegion & 0xffff) << 24 | uint64_t(op.remoteRegion & 0xffff) << 40);
   words[1] = (op.bytes & proxyMaxBytes) | uint64_t(op.counter & 0xffff) << 40;
@@ -114,7 +116,7 @@ MOE_HD void proxyEncode(const ProxyOp& op, uint64_t position, uint32_t capacity,
   words[6] = position & proxyPayload;
   words[7] = 0;
   for (int i = 0; i < proxyWords - 1; i++) words[7] ^= words[i];
-  const uint64_t tag = proxyTag(position, capacity) << 56;
+  const uint64_t tag = proxyTag(position, capacityBits) << 56;
   for (int i = 0; i < proxyWords; i++) words[i] |= tag;
 }
 

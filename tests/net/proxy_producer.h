@@ -21,7 +21,7 @@ inline bool proxyDead(const ProxyRing& ring) {
 
 inline bool proxyAwaitCredit(const ProxyRing& ring, uint64_t position) {
   const uint64_t deadline = proxyNowNs() + ring.timeoutNs;
-  while (position - __atomic_load_n(&ring.header()->head, __ATOMIC_ACQUIRE) >= ring.capacity) {
+  while (position - __atomic_load_n(&ring.header()->head, __ATOMIC_ACQUIRE) >= ring.capacity()) {
     if (proxyDead(ring)) return false;
     if (proxyNowNs() > deadline) {
       __atomic_store_n(&ring.header()->abort, 1u, __ATOMIC_RELEASE);
@@ -43,7 +43,7 @@ inline bool proxyPush(const ProxyRing& ring, const ProxyOp& op, uint64_t* at = n
   if (at != nullptr) *at = position;
   if (!proxyAwaitCredit(ring, position)) return false;
   uint64_t words[proxyWords];
-  proxyEncode(op, position, ring.capacity, words);
+  proxyEncode(op, position, ring.capacityBits, words);
   proxyStore(ring, position, words);
   return true;
 }

@@ -81,14 +81,14 @@ struct FreeDelete {
 
 // The memory and counters of a ring whose producers are this process's threads.
 struct HostRing {
-  explicit HostRing(uint32_t capacity, uint32_t nCounters = 4, int timeoutMs = 20000)
-    : memory(aligned_alloc(64, (proxyRingBytes(capacity, nCounters) + 63) / 64 * 64)) {
-    memset(memory.get(), 0xEE, proxyRingBytes(capacity, nCounters));
+  explicit HostRing(uint32_t capacityBits, uint32_t nCounters = 4, int timeoutMs = 20000)
+    : memory(aligned_alloc(64, (proxyRingBytes(capacityBits, nCounters) + 63) / 64 * 64)) {
+    memset(memory.get(), 0xEE, proxyRingBytes(capacityBits, nCounters));
     ring.base = static_cast<char*>(memory.get());
     ring.tail = &tail;
     ring.headCopy = &headCopy;
     ring.timeoutNs = uint64_t(timeoutMs) * 1000000;
-    ring.capacity = capacity;
+    ring.capacityBits = capacityBits;
     ring.nCounters = nCounters;
   }
   std::unique_ptr<void, FreeDelete> memory;
@@ -141,7 +141,7 @@ class ProxyTest : public testing::Test {
     EXPECT_FALSE(proxyAwaitCounter(host.ring, 0, ~0ull));
   }
 
-  HostRing host{16};
+  HostRing host{4};
   MemorySink sink;
   std::unique_ptr<Proxy> proxy;
 };
@@ -165,15 +165,15 @@ TEST(ProxyLayout, carriesEveryField) {
     op.signalValue = random();
     op.bytes = random() & proxyMaxBytes;
     ASSERT_TRUE(proxyFits(op));
-    const uint32_t capacity = 1u << random() % 12;
+    const uint32_t bits = random() % 12;
     const uint64_t position = random() >> 8 >> random() % 56;
     uint64_t words[proxyWords];
-    proxyEncode(op, position, capacity, words);
+    proxyEncode(op, position, bits, words);
     for (uint64_t word : words) {
-      ASSERT_EQ(word >> 56, proxyTag(position, capacity));
+      ASSERT_EQ(word >> 56, proxyTag(position, bits));
       ASSERT_NE(word >> 56, 0u);
     }
-    ASSERT_NE(proxyTag(position, capacity), proxyTag(position + capacity, capacity));
+    ASSERT_NE(proxyTag(position, bits), proxyTag(position + (1ull << bits), bits));
     ProxyOp back;
     ASSERT_TRUE(proxyDecode(words, position, &back));
     EXPECT_EQ(back.code, op.code);
@@ -188,7 +188,7 @@ TEST(ProxyLayout, carriesEveryField) {
     EXPECT_EQ(back.signalOffset, op.signalOffset);
     EXPECT_EQ(back.signalValue, op.signalValue);
     EXPECT_EQ(back.bytes, op.bytes);
-    EXPECT_FALSE(proxyDecode(words, position + 255ull * capacity, &back)) << "same tag, other position";
+    EXPECT_FALSE(proxyDecode(words, position + (128ull << bits), &back)) << "same tag, other position";
     for (int bit = 0; bit < 56; bit++) {
       words[i % proxyWords] ^= 1ull << bit;
       EXPECT_FALSE(proxyDecode(words, position, &back)) << "bit " << bit;
@@ -201,16 +201,17 @@ TEST(ProxyLayout, carriesEveryField) {
 }
 
 TEST(ProxyLayout, keepsItsPartsApart) {
-  for (uint32_t capacity : {1u, 2u, 64u}) {
+  for (uint32_t bits : {0u, 1u, 6u}) {
     for (uint32_t nCounters : {1u, 7u, 8u, 9u, 100u}) {
-      HostRing host(capacity, nCounters);
+      HostRing host(bits, nCounters);
+      const uint32_t capacity = host.ring.capacity();
       const char* counters = reinterpret_cast<const char*>(host.ring.counter(0));
       const char* slots = reinterpret_cast<const char*>(host.ring.slot(0));
       EXPECT_EQ(counters - host.ring.base, int64_t(sizeof(ProxyHeader)));
       EXPECT_GE(slots, counters + 8 * nCounters);
       EXPECT_EQ((slots - host.ring.base) % 64, 0);
       EXPECT_EQ(reinterpret_cast<const char*>(host.ring.slot(capacity - 1)) + 64 - host.ring.base,
-                int64_t(proxyRingBytes(capacity, nCounters)));
+                int64_t(proxyRingBytes(bits, nCounters)));
       EXPECT_EQ(host.ring.slot(capacity), host.ring.slot(0));
     }
   }
@@ -249,12 +250,12 @@ TEST(Proxy, deliversEverythingOnceAndInOrder) {
   const unsigned seed = std::random_device{}();
   SCOPED_TRACE("seed " + std::to_string(seed));
   constexpr int producers = 4, each = 3000;
-  for (uint32_t capacity : {1u, 4u, 256u}) {
+  for (uint32_t bits : {0u, 2u, 8u}) {
     MemorySink sink;
     std::mt19937 random(seed);
     sink.refuse = [&](const ProxyOp&) { return random() % 8 == 0; };
     sink.keep = [&](const ProxyOp&) { return random() % 4 == 0; };
-    HostRing hosts[2] = {HostRing(capacity), HostRing(capacity)};
+    HostRing hosts[2] = {HostRing(bits), HostRing(bits)};
     std::unique_ptr<Proxy> proxy;
     ProxyConfig config = quick();
     config.spinUs = 50;
@@ -300,7 +301,7 @@ TEST(Proxy, deliversEverythingOnceAndInOrder) {
 TEST_F(ProxyTest, givesNoMoreCreditsThanSlots) {
   sink.full = true;
   start();
-  for (uint32_t i = 0; i < host.ring.capacity; i++) ASSERT_TRUE(proxyPush(host.ring, putOp()));
+  for (uint32_t i = 0; i < host.ring.capacity(); i++) ASSERT_TRUE(proxyPush(host.ring, putOp()));
   std::atomic<bool> pushed{false};
   std::thread extra([&] {
     EXPECT_TRUE(proxyPush(host.ring, putOp()));
@@ -311,15 +312,15 @@ TEST_F(ProxyTest, givesNoMoreCreditsThanSlots) {
   EXPECT_EQ(__atomic_load_n(&host.ring.header()->head, __ATOMIC_ACQUIRE), 0u);
   sink.full = false;
   extra.join();
-  EXPECT_TRUE(proxyAwaitCounter(host.ring, 0, host.ring.capacity + 1));
+  EXPECT_TRUE(proxyAwaitCounter(host.ring, 0, host.ring.capacity() + 1));
   expectStop(ncclSuccess, "");
-  EXPECT_EQ(sink.posted.size(), host.ring.capacity + 1);
+  EXPECT_EQ(sink.posted.size(), host.ring.capacity() + 1);
 }
 
 TEST_F(ProxyTest, endsForAllWhenAProducerGivesUp) {
   sink.full = true;
   start();
-  for (uint32_t i = 0; i < host.ring.capacity; i++) ASSERT_TRUE(proxyPush(host.ring, putOp()));
+  for (uint32_t i = 0; i < host.ring.capacity(); i++) ASSERT_TRUE(proxyPush(host.ring, putOp()));
   std::thread waiter([&] { EXPECT_FALSE(proxyAwaitCounter(host.ring, 0, 1)); });
   ProxyRing impatient = host.ring;
   impatient.timeoutNs = 30000000;
@@ -335,7 +336,7 @@ TEST_F(ProxyTest, waitsForTheWholeDescriptor) {
   for (int missing = 0; missing < proxyWords; missing++) {
     uint64_t words[proxyWords];
     const uint64_t position = __atomic_fetch_add(host.ring.tail, 1, __ATOMIC_RELAXED);
-    proxyEncode(putOp(), position, host.ring.capacity, words);
+    proxyEncode(putOp(), position, host.ring.capacityBits, words);
     proxyStore(host.ring, position, words, 0, missing);
     proxyStore(host.ring, position, words, missing + 1);
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
@@ -350,7 +351,7 @@ TEST_F(ProxyTest, waitsForTheWholeDescriptor) {
 TEST_F(ProxyTest, givesUpOnAnIncompleteDescriptor) {
   start(quick(40));
   uint64_t words[proxyWords];
-  proxyEncode(putOp(), 0, host.ring.capacity, words);
+  proxyEncode(putOp(), 0, host.ring.capacityBits, words);
   proxyStore(host.ring, 0, words, 0, 5);
   EXPECT_TRUE(eventually([&] { return proxy->asyncError() != ncclSuccess; }));
   expectStop(ncclRemoteError, "only 5 of 8 words of descriptor 0");
@@ -362,15 +363,15 @@ TEST_F(ProxyTest, refusesCorruptWords) {
   SCOPED_TRACE("seed " + std::to_string(seed));
   std::mt19937 random(seed);
   for (int round = 0; round < 60; round++) {
-    HostRing host(16);
+    HostRing host(4);
     MemorySink sink;
     std::unique_ptr<Proxy> proxy;
     ASSERT_EQ(Proxy::start({host.ring}, &sink, quick(), &proxy), ncclSuccess);
     uint64_t words[proxyWords];
-    proxyEncode(putOp(), 0, host.ring.capacity, words);
-    // A payload bit, or a tag that is neither of this lap (1) nor of the one before (0).
+    proxyEncode(putOp(), 0, host.ring.capacityBits, words);
+    // A payload bit, or a tag that is neither of this lap (0x80) nor of the one before (0).
     uint64_t& word = words[random() % proxyWords];
-    word = round % 2 == 0 ? word ^ 1ull << random() % 56 : (word & proxyPayload) | uint64_t(2 + random() % 254) << 56;
+    word = round % 2 == 0 ? word ^ 1ull << random() % 56 : (word & proxyPayload) | uint64_t(1 + random() % 127) << 56;
     // All at once, for otherwise the corrupt word may come first and the error before the rest is there.
     proxyStore(host.ring, 0, words);
     for (int i = 0; i < 20000 && proxy->asyncError() == ncclSuccess; i++)
@@ -405,7 +406,7 @@ TEST(Proxy, refusesOperandsOutOfRange) {
     {"in region 2 of peer 0", [](ProxyOp* op) { op->signalRegion = 2; }},
   };
   for (const Case& c : cases) {
-    HostRing host(16);
+    HostRing host(4);
     MemorySink sink;
     std::unique_ptr<Proxy> proxy;
     ASSERT_EQ(Proxy::start({host.ring}, &sink, quick(), &proxy), ncclSuccess);
@@ -602,14 +603,13 @@ TEST_F(ProxyTest, runsWhereItIsPinned) {
 TEST(Proxy, refusesBadRings) {
   MemorySink sink;
   std::unique_ptr<Proxy> proxy;
-  HostRing host(16);
+  HostRing host(4);
   const auto startWith = [&](const std::function<void(ProxyRing*)>& spoil) {
     ProxyRing ring = host.ring;
     spoil(&ring);
     return Proxy::start({ring}, &sink, quick(), &proxy);
   };
-  EXPECT_EQ(startWith([](ProxyRing* ring) { ring->capacity = 0; }), ncclInvalidArgument);
-  EXPECT_EQ(startWith([](ProxyRing* ring) { ring->capacity = 12; }), ncclInvalidArgument);
+  EXPECT_EQ(startWith([](ProxyRing* ring) { ring->capacityBits = 21; }), ncclInvalidArgument);
   EXPECT_EQ(startWith([](ProxyRing* ring) { ring->nCounters = 0; }), ncclInvalidArgument);
   EXPECT_EQ(startWith([](ProxyRing* ring) { ring->base = nullptr; }), ncclInvalidArgument);
   EXPECT_EQ(startWith([](ProxyRing* ring) { ring->base += 8; }), ncclInvalidArgument);

@@ -1,0 +1,1 @@
+TEST_gpu_SRC += src/net/proxy.cc
