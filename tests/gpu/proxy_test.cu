@@ -30,7 +30,8 @@ class NotingSink : public ProxySink {
     *request = nullptr;
     if (full.load()) return ncclSuccess;
     ops.push_back(op);
-    if (source != nullptr) seen.push_back(*reinterpret_cast<const volatile uint64_t*>(source + op.localOffset));
+    if (source != nullptr)
+      seen.push_back(__atomic_load_n(reinterpret_cast<const uint64_t*>(source + op.localOffset), __ATOMIC_RELAXED));
     *request = this;
     return ncclSuccess;
   }
@@ -118,7 +119,7 @@ TEST_F(ProxyKernel, deliversEverythingOnceInOrderAndAfterItsData) {
   constexpr int blocks = 16, threads = 64, each = 100; // 102400 descriptors; the region holds 131072 values
   start(10, 8);
   int* failures = nullptr;
-  CUDA_OK(cudaMallocManaged(&failures, sizeof(int)));
+  CUDA_OK(cudaMallocHost(&failures, sizeof(int)));
   *failures = 0;
   const auto begin = std::chrono::steady_clock::now();
   pushMany<<<blocks, threads>>>(view, deviceSource, each, failures);
@@ -126,7 +127,7 @@ TEST_F(ProxyKernel, deliversEverythingOnceInOrderAndAfterItsData) {
   CUDA_OK(cudaDeviceSynchronize());
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   EXPECT_EQ(*failures, 0);
-  cudaFree(failures);
+  cudaFreeHost(failures);
   EXPECT_EQ(proxy->stop(), ncclSuccess) << lastError();
   const size_t total = size_t(blocks) * threads * each;
   ASSERT_EQ(sink.ops.size(), total);
@@ -158,13 +159,13 @@ TEST_F(ProxyKernel, completesEachPut) {
   constexpr int rounds = 2000;
   start(4, 1);
   uint64_t* result = nullptr;
-  CUDA_OK(cudaMallocManaged(&result, 16));
+  CUDA_OK(cudaMallocHost(&result, 16));
   result[0] = result[1] = 0;
   pingPong<<<1, 1>>>(view, rounds, result, reinterpret_cast<int*>(result + 1));
   CUDA_OK(cudaDeviceSynchronize());
   EXPECT_EQ(result[1], 0u);
   printf("push to completion: %.2f us\n", double(result[0]) / rounds / 1000);
-  cudaFree(result);
+  cudaFreeHost(result);
   EXPECT_EQ(proxy->stop(), ncclSuccess) << lastError();
   EXPECT_EQ(sink.ops.size(), size_t(rounds));
 }
@@ -180,12 +181,12 @@ TEST_F(ProxyKernel, endsAtTheDeadline) {
   sink.full = true;
   start(4, 1, 200);
   int* pushed = nullptr;
-  CUDA_OK(cudaMallocManaged(&pushed, sizeof(int)));
+  CUDA_OK(cudaMallocHost(&pushed, sizeof(int)));
   *pushed = 0;
   pushUntilFalse<<<4, 1>>>(view, 100, pushed);
   CUDA_OK(cudaDeviceSynchronize()); // no trap: the context lives
   EXPECT_EQ(*pushed, 16);
-  cudaFree(pushed);
+  cudaFreeHost(pushed);
   EXPECT_EQ(proxy->stop(), ncclRemoteError);
   EXPECT_NE(std::string(lastError()).find("aborted"), std::string::npos) << lastError();
 }
@@ -195,14 +196,14 @@ __global__ void awaitForever(ProxyRing ring, int* result) { *result = proxyAwait
 TEST_F(ProxyKernel, endsWhenTheProxyStops) {
   start(4, 1);
   int* result = nullptr;
-  CUDA_OK(cudaMallocManaged(&result, sizeof(int)));
+  CUDA_OK(cudaMallocHost(&result, sizeof(int)));
   *result = 0;
   awaitForever<<<1, 1>>>(view, result);
   CUDA_OK(cudaGetLastError());
   EXPECT_EQ(proxy->stop(), ncclSuccess) << lastError();
   CUDA_OK(cudaDeviceSynchronize());
   EXPECT_EQ(*result, 2);
-  cudaFree(result);
+  cudaFreeHost(result);
 }
 
 } // namespace
