@@ -16,6 +16,7 @@ namespace {
 ncclResult_t parse(std::vector<std::string> words, Options* options) {
   std::vector<char*> argv;
   words.insert(words.begin(), "moe_perf");
+  argv.reserve(words.size() + 1);
   for (std::string& w : words) argv.push_back(w.data());
   argv.push_back(nullptr);
   return parseOptions(static_cast<int>(words.size()), argv.data(), options);
