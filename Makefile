@@ -141,8 +141,8 @@ $(BUILDDIR)/obj/%.cu.o: %.cu $(BUILDDIR)/obj/nvcc.flags
 	  > $@.ptxas 2>&1 || { grep -v 'ptxas info' $@.ptxas >&2; exit 1; }
 	$(Q)grep -v -e 'ptxas info' -e 'bytes stack frame' $@.ptxas || true
 
-$(BUILDDIR)/obj/tests/%.o: EXTRA_CPP = -I. -Itests $(HWLOC_CPP) $(TEST_$(firstword $(subst /, ,$*))_CPP)
-$(BUILDDIR)/obj/perf/%.o: EXTRA_CPP = -I. -Iperf $(MPI_CPP) $(HWLOC_CPP) $(PERF_$(firstword $(subst /, ,$*))_CPP)
+$(BUILDDIR)/obj/tests/%.o: EXTRA_CPP = -I. -Itests $(HWLOC_CPP) $(TEST_$(word 2,$(subst /, ,$*))_CPP)
+$(BUILDDIR)/obj/perf/%.o: EXTRA_CPP = -I. -Iperf $(MPI_CPP) $(HWLOC_CPP) $(PERF_$(word 2,$(subst /, ,$*))_CPP)
 $(BUILDDIR)/obj/src/net/%.o $(BUILDDIR)/obj/plugin/%.o: EXTRA_CPP = $(HWLOC_CPP)
 # Optimising tests takes longer than it saves.
 $(BUILDDIR)/obj/tests/%.cc.o: OPT = $(if $(filter 1,$(DEBUG)),-O0,-O1)
