@@ -1,4 +1,6 @@
 // The CUDA backend's entry points in a build that has none.
+#ifdef NCCL_MOE_NO_CUDA
+
 #include "base/error.h"
 #include "device/backend.h"
 
@@ -15,3 +17,5 @@ ncclResult_t deviceMemoryNeeded(const CommConfig&, int, size_t*) { return noCuda
 ncclResult_t deviceBackendCreate(ncclMoeComm&, ncclComm_t) { return noCuda("ncclMoeCommInit"); }
 
 } // namespace moe
+
+#endif

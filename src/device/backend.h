@@ -12,6 +12,7 @@ ncclResult_t deviceQueryComm(ncclComm_t comm, int* nRanks, int* rank);
 ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* bytes);
 
 // Sets moe.backend.  moe's rank, nRanks and config are filled in.
+// Collective; waits for the peers.
 ncclResult_t deviceBackendCreate(ncclMoeComm& moe, ncclComm_t comm);
 
 } // namespace moe

@@ -1,0 +1,564 @@
+#include "device/backend.h"
+
+#include <nvtx3/nvToolsExt.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "device/bootstrap.h"
+#include "device/cuda_handle.h"
+#include "device/kernels.h"
+#include "device/window.h"
+
+namespace moe {
+namespace {
+
+constexpr int kDefaultSms = 24;
+
+class NvtxRange {
+ public:
+  explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
+  ~NvtxRange() { nvtxRangePop(); }
+};
+
+uint32_t hash(std::initializer_list<long long> values) {
+  uint64_t h = 1469598103934665603ull;
+  for (long long value : values) {
+    for (int shift = 0; shift < 64; shift += 8) h = (h ^ ((value >> shift) & 0xff)) * 1099511628211ull;
+  }
+  return static_cast<uint32_t>(h ^ h >> 32);
+}
+
+// Ranks with the same identity may reach each other's memory.  NCCL_HOSTID stands in for it, as in NCCL.
+uint64_t hostIdentity() {
+  std::string identity;
+  if (const char* id = getenv("NCCL_HOSTID")) {
+    identity = id;
+  } else {
+    char name[256] = "";
+    gethostname(name, sizeof(name) - 1);
+    std::string boot;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+    identity = name + boot;
+  }
+  uint64_t h = 1469598103934665603ull;
+  for (char c : identity) h = (h ^ static_cast<unsigned char>(c)) * 1099511628211ull;
+  return h;
+}
+
+size_t elementBytes(ncclDataType_t type) {
+  return type == ncclFloat32 ? 4 : type == ncclBfloat16 || type == ncclFloat16 ? 2 : 1;
+}
+
+struct DeviceRouting : RoutingState {
+  int id = 0;
+  int window = -1;
+  RoutingLayout layout;
+  HostMapped<RoutingOutcome> outcome;
+  UniqueEvent counted; // after the route kernel of the last dispatch
+  bool countedInCapture = false;
+  size_t bytes = 0;
+};
+
+class DeviceBackend : public Backend {
+ public:
+  DeviceBackend(ncclMoeComm& moe, std::unique_ptr<DeviceBootstrap> bootstrap)
+    : moe_(moe), config_(moe.config), bootstrap_(std::move(bootstrap)) {}
+
+  ncclResult_t init() {
+    CUDACHECK(cudaGetDevice(&device_));
+    CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
+    MOECHECK(agree());
+    layout_ = CommLayout(moe_.nRanks, config_.nExperts, config_.maxTokens, config_.maxTopK, config_.maxRowBytes);
+    if (config_.maxMemory != 0 && layout_.bytes > config_.maxMemory) {
+      return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu",
+                  layout_.bytes, config_.maxMemory);
+    }
+    CUDACHECK(prepareRoute());
+    MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
+    MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
+    MOECHECK(eventCreate(&lastEvent_));
+    MOECHECK(makeTables());
+    int window = -1;
+    MOECHECK(addWindow(layout_.bytes, true, &window));
+    MOE_INFO("MoE communicator: rank %d of %d, %d experts, %zu MiB on device %d", moe_.rank, moe_.nRanks,
+             config_.nExperts, layout_.bytes >> 20, device_);
+    return ncclSuccess;
+  }
+
+  ncclResult_t routingMemoryNeeded(const ncclMoeRoutingConfig_t& config, size_t* bytes) override {
+    *bytes = RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
+    return ncclSuccess;
+  }
+
+  ncclResult_t routingCreate(ncclMoeRouting& routing) override {
+    DeviceScope scope(device_);
+    MOECHECK(usable("ncclMoeRoutingCreate"));
+    auto state = std::make_unique<DeviceRouting>();
+    const int nLocal = config_.nLocal[moe_.rank];
+    const ncclMoeRoutingConfig_t& c = routing.config;
+    state->layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
+    const long long rows = static_cast<long long>(nLocal) * moe_.nRanks * c.maxTokens;
+    ncclResult_t result = ncclSuccess;
+    if (c.layout != ncclMoeLayoutRankMajor && rows > INT32_MAX) {
+      result =
+        fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
+    }
+    if (result == ncclSuccess) result = hostMappedAlloc(&state->outcome, sizeof(RoutingOutcome) + sizeof(int) * nLocal);
+    if (result == ncclSuccess) result = eventCreate(&state->counted);
+    state->id = nextRouting_++;
+    state->bytes = state->layout.bytes;
+    const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
+                                  static_cast<int>(hash({c.layout, c.expertAlignment}))};
+    std::vector<std::array<int, 4>> all(moe_.nRanks);
+    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
+    MOECHECK(result);
+    for (int r = 0; r < moe_.nRanks; r++) {
+      static const char* const names[] = {"success", "config.topK", "config.maxTokens",
+                                          "config.layout or expertAlignment"};
+      for (int f = 0; f < 4; f++) {
+        if (all[r][f] != mine[f]) {
+          return fail(ncclInvalidArgument, "ncclMoeRoutingCreate: %s differs between rank %d and rank %d", names[f],
+                      moe_.rank, r);
+        }
+      }
+    }
+    MOECHECK(addWindow(state->layout.bytes, true, &state->window));
+    routing.state = std::move(state);
+    return ncclSuccess;
+  }
+
+  ncclResult_t routingDestroy(ncclMoeRouting& routing) override {
+    DeviceScope scope(device_);
+    const ncclResult_t result = drain();
+    DeviceRouting& state = stateOf(routing);
+    windows_[state.window].reset();
+    routing.state.reset();
+    return result;
+  }
+
+  ncclResult_t routingGetCounts(ncclMoeRouting& routing, int64_t* nRows, int* expertCounts) override {
+    DeviceScope scope(device_);
+    DeviceRouting& state = stateOf(routing);
+    if (routing.phase == ncclMoeRouting::Phase::empty) {
+      return fail(ncclInvalidUsage, "ncclMoeRoutingGetCounts: the routing has had no dispatch");
+    }
+    if (state.countedInCapture) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeRoutingGetCounts: the routing's last dispatch was captured in a graph; read the "
+                  "counts that it left in device memory");
+    }
+    CUDACHECK(cudaEventSynchronize(state.counted.get()));
+    MOECHECK(usable("ncclMoeRoutingGetCounts"));
+    const int nLocal = config_.nLocal[moe_.rank];
+    *nRows = state.outcome->nRows;
+    if (expertCounts != nullptr) memcpy(expertCounts, state.outcome.get() + 1, sizeof(int) * nLocal);
+    std::string sentence;
+    const ncclResult_t result = outcomeOf(state, &sentence);
+    return result == ncclSuccess ? result : fail(result, "%s", sentence.c_str());
+  }
+
+  ncclResult_t dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeRouting& routing, cudaStream_t stream) override {
+    NvtxRange range("ncclMoeDispatch");
+    DeviceScope scope(device_);
+    MOECHECK(usable("ncclMoeDispatch"));
+    DeviceRouting& state = stateOf(routing);
+    const bool keep = (args.flags & NCCL_MOE_KEEP_ROUTING) != 0;
+    PushArgs push{};
+    push.comm = view();
+    push.routing = view(routing);
+    push.x = static_cast<const char*>(args.x);
+    push.hidden = args.hidden;
+    push.quant = args.quant;
+    push.rowBytes = static_cast<int>(args.hidden * elementBytes(args.type));
+    push.wireBytes = args.quant != ncclMoeQuantNone ? args.hidden : push.rowBytes;
+    push.topkWeights = args.topkWeights;
+    push.scales = static_cast<const char*>(args.scales);
+    push.scaleBytes =
+      args.quant != ncclMoeQuantNone ? NCCL_MOE_QUANT_SCALE_BYTES(args.quant, args.hidden) : args.scaleBytes;
+    if (push.scaleBytes > static_cast<int>(layout_.scaleStride)) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeDispatch: args.scaleBytes %d is more than the %zu that the communicator's "
+                  "maxRowBytes leaves room for",
+                  push.scaleBytes, layout_.scaleStride);
+    }
+    push.columnMajor = args.scaleLayout == ncclMoeScaleColumnMajor;
+    const long long plane = static_cast<long long>(moe_.nRanks) * routing.config.maxTokens;
+    const bool padded = routing.config.layout == ncclMoeLayoutExpertPadded;
+    push.rows = padded ? plane : args.recvCapacity;
+    push.recvX = static_cast<char*>(args.recvX);
+    push.recvScales = static_cast<char*>(args.recvScales);
+    push.recvTopkIdx = args.recvTopkIdx;
+    push.recvWeights = args.recvWeights;
+
+    RouteArgs route{};
+    route.comm = push.comm;
+    route.routing = push.routing;
+    route.topkIdx = args.topkIdx;
+    route.idx64 = args.topkIdxType == ncclInt64;
+    route.keep = keep;
+    route.nTokens = args.nTokens;
+    route.nTokensDev = args.nTokensDev;
+    route.capacity = args.recvCapacity;
+    route.recvCount = args.recvCount;
+    route.expertCounts = args.expertCounts;
+    route.expertOffsets = args.expertOffsets;
+    const long long rows = padded ? plane * config_.nLocal[moe_.rank] : args.recvCapacity;
+    MOECHECK(findWindow(args.recvX, rows * push.wireBytes, &route.recvWindow, &route.recvOffset));
+    push.recvDirect = route.recvWindow >= 0;
+    route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
+
+    const bool capturing = isCapturing(stream);
+    MOECHECK(follow(stream));
+    CUDACHECK(launchRoute(route, stream));
+    CUDACHECK(cudaEventRecord(state.counted.get(), stream));
+    state.countedInCapture = capturing;
+    CUDACHECK(launchPush(push, sms(args.numSms), stream));
+    return followed(stream);
+  }
+
+  ncclResult_t combine(const ncclMoeCombineArgs_t& args, ncclMoeRouting& routing, cudaStream_t stream) override {
+    NvtxRange range("ncclMoeCombine");
+    DeviceScope scope(device_);
+    MOECHECK(usable("ncclMoeCombine"));
+    if ((args.flags & NCCL_MOE_EXACT) != 0) {
+      return fail(ncclInvalidUsage, "ncclMoeCombine: NCCL_MOE_EXACT is not there yet for CUDA memory");
+    }
+    DeviceRouting& state = stateOf(routing);
+    CombineArgs combine{};
+    combine.comm = view();
+    combine.routing = view(routing);
+    combine.x = static_cast<const char*>(args.x);
+    combine.rowBytes = static_cast<int>(args.hidden * elementBytes(args.type));
+    combine.type = args.type;
+    combine.weights = args.weights;
+    combine.gradWeights = args.gradWeights;
+    combine.withGrads = args.withGradWeights != 0;
+    combine.out = static_cast<char*>(args.out);
+    combine.gradTopkWeights = args.gradTopkWeights;
+    combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights});
+    MOECHECK(follow(stream));
+    CUDACHECK(launchCombine(combine, sms(args.numSms), stream));
+    return followed(stream);
+  }
+
+  // The throughput kernels do the whole transfer in the first half.
+  ncclResult_t complete(ncclMoeRouting&, cudaStream_t stream) override {
+    DeviceScope scope(device_);
+    MOECHECK(usable("ncclMoeComplete"));
+    return follow(stream);
+  }
+
+  ncclResult_t memAlloc(void** ptr, size_t bytes) override {
+    DeviceScope scope(device_);
+    MOECHECK(usable("ncclMoeMemAlloc"));
+    int window = -1;
+    MOECHECK(addWindow(bytes, false, &window));
+    *ptr = windows_[window]->self();
+    userWindows_.push_back(window);
+    return ncclSuccess;
+  }
+
+  ncclResult_t memFree(void* ptr) override {
+    DeviceScope scope(device_);
+    const auto found = std::find_if(userWindows_.begin(), userWindows_.end(),
+                                    [&](int window) { return windows_[window]->self() == ptr; });
+    if (found == userWindows_.end()) {
+      return fail(ncclInvalidArgument, "ncclMoeMemFree: ptr is not ncclMoeMemAlloc memory of this communicator");
+    }
+    const ncclResult_t result = drain();
+    windows_[*found].reset();
+    userWindows_.erase(found);
+    return result;
+  }
+
+  size_t memoryBytes() override {
+    size_t bytes = tables_.size() + layout_.bytes;
+    for (const auto& routing : moe_.routings) bytes += stateOf(*routing).bytes;
+    return bytes;
+  }
+  int nScaleUpRanks() override { return moe_.nRanks; }
+  bool onHost() override { return false; }
+  void abort() override { *reinterpret_cast<volatile int*>(abortFlag_.get()) = 1; }
+
+  ncclResult_t asyncError(std::string* sentence) override {
+    const ncclResult_t result = failureOf(sentence);
+    if (result != ncclSuccess) return result;
+    for (const auto& routing : moe_.routings) {
+      const ncclResult_t outcome = outcomeOf(stateOf(*routing), sentence);
+      if (outcome != ncclSuccess) return outcome;
+    }
+    return ncclSuccess;
+  }
+
+  ncclResult_t shutdown() override {
+    DeviceScope scope(device_);
+    const ncclResult_t result = drain();
+    for (auto& window : windows_) window.reset();
+    return result;
+  }
+
+ private:
+  static DeviceRouting& stateOf(ncclMoeRouting& routing) { return static_cast<DeviceRouting&>(*routing.state); }
+
+  // All ranks must have the same shape and reach each other.
+  ncclResult_t agree() {
+    struct Shape {
+      uint64_t host;
+      long long values[5];
+      uint32_t placement;
+    };
+    static const char* const names[] = {"nExperts", "maxTokens", "maxTopK", "maxRowBytes", "mode"};
+    Shape mine{
+      hostIdentity(),
+      {config_.nExperts, config_.maxTokens, config_.maxTopK, static_cast<long long>(config_.maxRowBytes), config_.mode},
+      0};
+    for (const ExpertHome& home : config_.home)
+      mine.placement = mine.placement * 16777619u ^ static_cast<uint32_t>(home.rank);
+    std::vector<Shape> all(moe_.nRanks);
+    if (moe_.nRanks > kMaxDeviceRanks) {
+      return fail(ncclInvalidUsage, "ncclMoeCommInit: %d ranks, more than the %d that CUDA memory is served for",
+                  moe_.nRanks, kMaxDeviceRanks);
+    }
+    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
+    for (int r = 0; r < moe_.nRanks; r++) {
+      for (int f = 0; f < 5; f++) {
+        if (all[r].values[f] != mine.values[f]) {
+          return fail(ncclInvalidArgument, "ncclMoeCommInit: config.%s is %lld on rank %d but %lld on rank %d",
+                      names[f], mine.values[f], moe_.rank, all[r].values[f], r);
+        }
+      }
+      if (all[r].placement != mine.placement) {
+        return fail(ncclInvalidArgument, "ncclMoeCommInit: config.expertToRank differs between rank %d and rank %d",
+                    moe_.rank, r);
+      }
+      if (all[r].host != mine.host) {
+        return fail(ncclInvalidUsage,
+                    "ncclMoeCommInit: rank %d is on another host than rank %d; communicators of CUDA memory "
+                    "that span hosts are not there yet",
+                    r, moe_.rank);
+      }
+    }
+    if (config_.nExperts > kMaxDeviceExperts) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeCommInit: config.nExperts %d is more than the %d that CUDA memory is served for",
+                  config_.nExperts, kMaxDeviceExperts);
+    }
+    return ncclSuccess;
+  }
+
+  ncclResult_t makeTables() {
+    std::vector<int> rankStart(moe_.nRanks + 1, 0), position(config_.nExperts), rankOf(config_.nExperts);
+    for (int r = 0; r < moe_.nRanks; r++) rankStart[r + 1] = rankStart[r] + config_.nLocal[r];
+    for (int e = 0; e < config_.nExperts; e++) {
+      const ExpertHome& home = config_.home[e];
+      position[e] = rankStart[home.rank] + home.local;
+      rankOf[position[e]] = home.rank;
+    }
+    const size_t windowBytes = align128(sizeof(char*) * kMaxWindows * moe_.nRanks);
+    const size_t expertBytes = align128(sizeof(int) * config_.nExperts);
+    MOECHECK(tables_.alloc(windowBytes + 2 * expertBytes + align128(sizeof(int) * (moe_.nRanks + 1))));
+    char* at = tables_.get();
+    dWindows_ = reinterpret_cast<char**>(at);
+    dPosition_ = reinterpret_cast<int*>(at + windowBytes);
+    dRankOf_ = reinterpret_cast<int*>(at + windowBytes + expertBytes);
+    dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 2 * expertBytes);
+    CUDACHECK(cudaMemcpy(dPosition_, position.data(), sizeof(int) * position.size(), cudaMemcpyHostToDevice));
+    CUDACHECK(cudaMemcpy(dRankOf_, rankOf.data(), sizeof(int) * rankOf.size(), cudaMemcpyHostToDevice));
+    CUDACHECK(cudaMemcpy(dRankStart_, rankStart.data(), sizeof(int) * rankStart.size(), cudaMemcpyHostToDevice));
+    return ncclSuccess;
+  }
+
+  // Collective: the same number on every rank, for all make and free windows in the same order.
+  ncclResult_t addWindow(size_t bytes, bool zeroed, int* number) {
+    int free = 0;
+    while (free < kMaxWindows && windows_[free] != nullptr) free++;
+    if (free == kMaxWindows)
+      return fail(ncclInvalidUsage, "more than %d routings and allocations at a time", kMaxWindows - 1);
+    auto window = std::make_unique<Window>();
+    MOECHECK(window->create(*bootstrap_, moe_.rank, moe_.nRanks, bytes, zeroed));
+    CUDACHECK(cudaMemcpy(dWindows_ + free * moe_.nRanks, window->bases().data(), sizeof(char*) * moe_.nRanks,
+                         cudaMemcpyHostToDevice));
+    windows_[free] = std::move(window);
+    *number = free;
+    return ncclSuccess;
+  }
+
+  ncclResult_t findWindow(const void* ptr, long long bytes, int* window, long long* offset) const {
+    *window = -1;
+    *offset = 0;
+    for (int w : userWindows_) {
+      if (!windows_[w]->contains(ptr)) continue;
+      *offset = static_cast<const char*>(ptr) - windows_[w]->self();
+      if (*offset + bytes > static_cast<long long>(windows_[w]->bytes())) {
+        return fail(ncclInvalidArgument,
+                    "ncclMoeDispatch: args.recvX with %lld bytes ends beyond its ncclMoeMemAlloc memory", bytes);
+      }
+      *window = w;
+    }
+    return ncclSuccess;
+  }
+
+  CommView view() const {
+    CommView v{};
+    v.rank = moe_.rank;
+    v.nRanks = moe_.nRanks;
+    v.nExperts = config_.nExperts;
+    v.layout = layout_;
+    v.self = windows_[0]->self();
+    v.windows = dWindows_;
+    v.expertPosition = dPosition_;
+    v.positionRank = dRankOf_;
+    v.rankStart = dRankStart_;
+    v.failure = failure_.get();
+    v.abortFlag = abortFlag_.get();
+    v.timeoutNs = static_cast<uint64_t>(config_.timeoutMs) * 1000000;
+    return v;
+  }
+
+  RoutingView view(ncclMoeRouting& routing) const {
+    DeviceRouting& state = stateOf(routing);
+    RoutingView v{};
+    v.layout = state.layout;
+    v.self = windows_[state.window]->self();
+    v.window = state.window;
+    v.kind = routing.config.layout;
+    v.alignment = routing.config.expertAlignment;
+    v.outcome = state.outcome.get();
+    return v;
+  }
+
+  int sms(int wanted) const {
+    const int n = wanted != 0 ? wanted : config_.numSms != 0 ? config_.numSms : kDefaultSms;
+    return std::min(n, smCount_);
+  }
+
+  // The communicator's calls run one after the other, whatever their streams.  Inside a graph capture that holds among
+  // the captured calls; a graph and what surrounds it are ordered by the streams that the caller uses.
+  ncclResult_t follow(cudaStream_t stream) {
+    if (!hasLast_ || stream == lastStream_) return ncclSuccess;
+    unsigned long long capture = 0;
+    MOECHECK(captureOf(stream, &capture));
+    if (capture == lastCapture_) CUDACHECK(cudaStreamWaitEvent(stream, lastEvent_.get(), 0));
+    return ncclSuccess;
+  }
+  ncclResult_t followed(cudaStream_t stream) {
+    MOECHECK(captureOf(stream, &lastCapture_));
+    CUDACHECK(cudaEventRecord(lastEvent_.get(), stream));
+    lastStream_ = stream;
+    hasLast_ = true;
+    return ncclSuccess;
+  }
+  static ncclResult_t captureOf(cudaStream_t stream, unsigned long long* capture) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    CUDACHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+    *capture = status == cudaStreamCaptureStatusActive ? id : 0;
+    return ncclSuccess;
+  }
+  static bool isCapturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+  }
+
+  // Waits for this rank's kernels, which end within the communicator's timeout.
+  ncclResult_t drain() {
+    if (!hasLast_) return ncclSuccess;
+    // Graphs may have been launched on any stream.
+    CUDACHECK(cudaDeviceSynchronize());
+    return ncclSuccess;
+  }
+
+  ncclResult_t failureOf(std::string* sentence) const {
+    const volatile Failure* f = failure_.get();
+    static const char* const phases[] = {"", "the counts of dispatch", "the start of combine", "a row of dispatch",
+                                         "a row of combine"};
+    char text[256];
+    switch (f->code) {
+    case kFailNone:
+      return ncclSuccess;
+    case kFailTimeout:
+      snprintf(text, sizeof(text), "rank %d waited %d ms for %s from rank %d, call %u of the communicator", moe_.rank,
+               config_.timeoutMs, phases[f->phase], f->peer, f->epoch);
+      break;
+    case kFailAborted:
+      snprintf(text, sizeof(text),
+               "rank %d was aborted while it waited for %s from rank %d, call %u of the communicator", moe_.rank,
+               phases[f->phase], f->peer, f->epoch);
+      break;
+    default:
+      snprintf(text, sizeof(text),
+               "rank %d and rank %d disagree about call %u of the communicator: not the same collective, "
+               "routing, hidden, type, quant or scaleBytes",
+               moe_.rank, f->peer, f->epoch);
+    }
+    *sentence = text;
+    return f->code == kFailMismatch ? ncclInvalidUsage : ncclRemoteError;
+  }
+
+  static ncclResult_t outcomeOf(const DeviceRouting& state, std::string* sentence) {
+    const volatile RoutingOutcome* o = state.outcome.get();
+    char text[256];
+    switch (o->code) {
+    case kOutcomeOk:
+      return ncclSuccess;
+    case kOutcomeCapacity:
+      snprintf(text, sizeof(text), "ncclMoeDispatch: rank %d receives %lld rows, more than its args.recvCapacity %lld",
+               o->rank, o->needed, o->capacity);
+      *sentence = text;
+      return ncclInvalidUsage;
+    default:
+      snprintf(text, sizeof(text), "ncclMoeDispatch: args.topkIdx of token %d, position %d, is %d, %s", o->token,
+               o->position, o->expert, o->code == kOutcomeIndexRange ? "out of range" : "named twice by that token");
+      *sentence = text;
+      return ncclInvalidArgument;
+    }
+  }
+
+  ncclResult_t usable(const char* function) const {
+    std::string sentence;
+    const ncclResult_t result = failureOf(&sentence);
+    if (result != ncclSuccess) return fail(result, "%s: the communicator has failed: %s", function, sentence.c_str());
+    if (*abortFlag_ != 0) return fail(ncclRemoteError, "%s: the communicator was aborted", function);
+    return ncclSuccess;
+  }
+
+  ncclMoeComm& moe_;
+  const CommConfig& config_;
+  std::unique_ptr<DeviceBootstrap> bootstrap_;
+  int device_ = 0, smCount_ = 0;
+  CommLayout layout_;
+  HostMapped<Failure> failure_;
+  HostMapped<int> abortFlag_;
+  DeviceMemory tables_;
+  char** dWindows_ = nullptr;
+  int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
+  std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
+  std::vector<int> userWindows_;
+  int nextRouting_ = 0;
+  UniqueEvent lastEvent_;
+  cudaStream_t lastStream_ = nullptr;
+  unsigned long long lastCapture_ = 0;
+  bool hasLast_ = false;
+};
+
+} // namespace
+
+ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* bytes) {
+  *bytes = CommLayout(nRanks, config.nExperts, config.maxTokens, config.maxTopK, config.maxRowBytes).bytes;
+  return ncclSuccess;
+}
+
+ncclResult_t deviceBackendCreate(ncclMoeComm& moe, std::unique_ptr<DeviceBootstrap> bootstrap) {
+  auto backend = std::make_unique<DeviceBackend>(moe, std::move(bootstrap));
+  MOECHECK(backend->init());
+  moe.backend = std::move(backend);
+  return ncclSuccess;
+}
+
+} // namespace moe

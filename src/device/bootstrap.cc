@@ -1,0 +1,89 @@
+#include "device/bootstrap.h"
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "device/backend.h"
+#include "device/cuda_handle.h"
+#include "device/nccl_symbols.h"
+
+namespace moe {
+namespace {
+
+#define NCCLCHECK(nccl, call, name)                                                                                    \
+  do {                                                                                                                 \
+    const ncclResult_t ncclResult_ = (call);                                                                           \
+    if (ncclResult_ != ncclSuccess)                                                                                    \
+      return fail(ncclResult_, "%s failed: %s", (name), (nccl).getErrorString(ncclResult_));                           \
+  } while (0)
+
+class NcclBootstrap : public DeviceBootstrap {
+ public:
+  NcclBootstrap(const NcclSymbols& nccl, ncclComm_t comm, int nRanks, int timeoutMs, UniqueStream stream)
+    : nccl_(nccl), comm_(comm), nRanks_(nRanks), timeoutMs_(timeoutMs), stream_(std::move(stream)) {}
+
+  ncclResult_t allGather(const void* mine, size_t bytes, void* all) override {
+    if (buffer_.size() < bytes * (nRanks_ + 1)) {
+      buffer_ = DeviceMemory();
+      MOECHECK(buffer_.alloc(bytes * (nRanks_ + 1)));
+    }
+    char* gathered = buffer_.get() + bytes;
+    cudaStream_t stream = stream_.get();
+    CUDACHECK(cudaMemcpyAsync(buffer_.get(), mine, bytes, cudaMemcpyHostToDevice, stream));
+    NCCLCHECK(nccl_, nccl_.allGather(buffer_.get(), gathered, bytes, ncclInt8, comm_, stream), "ncclAllGather");
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeoutMs_);
+    for (;;) {
+      const cudaError_t state = cudaStreamQuery(stream);
+      if (state == cudaSuccess) break;
+      if (state != cudaErrorNotReady) CUDACHECK(state);
+      if (std::chrono::steady_clock::now() > deadline) {
+        return fail(ncclRemoteError, "ncclAllGather on the NCCL communicator did not finish within %d ms", timeoutMs_);
+      }
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    CUDACHECK(cudaMemcpy(all, gathered, bytes * nRanks_, cudaMemcpyDeviceToHost));
+    return ncclSuccess;
+  }
+
+ private:
+  const NcclSymbols& nccl_;
+  ncclComm_t comm_;
+  int nRanks_, timeoutMs_;
+  UniqueStream stream_;
+  DeviceMemory buffer_;
+};
+
+} // namespace
+
+ncclResult_t deviceQueryComm(ncclComm_t comm, int* nRanks, int* rank) {
+  const NcclSymbols* nccl = nullptr;
+  MOECHECK(ncclSymbols(&nccl));
+  NCCLCHECK(*nccl, nccl->commCount(comm, nRanks), "ncclCommCount");
+  NCCLCHECK(*nccl, nccl->commUserRank(comm, rank), "ncclCommUserRank");
+  int device = 0, current = 0;
+  NCCLCHECK(*nccl, nccl->commCuDevice(comm, &device), "ncclCommCuDevice");
+  CUDACHECK(cudaGetDevice(&current));
+  if (device != current) {
+    return fail(ncclInvalidUsage, "ncclMoeCommInit: the current CUDA device is %d, but comm's is %d", current, device);
+  }
+  return ncclSuccess;
+}
+
+ncclResult_t ncclBootstrapCreate(std::unique_ptr<DeviceBootstrap>* bootstrap, ncclComm_t comm, int nRanks,
+                                 int timeoutMs) {
+  const NcclSymbols* nccl = nullptr;
+  MOECHECK(ncclSymbols(&nccl));
+  cudaStream_t stream = nullptr;
+  CUDACHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  *bootstrap = std::make_unique<NcclBootstrap>(*nccl, comm, nRanks, timeoutMs, UniqueStream(stream));
+  return ncclSuccess;
+}
+
+ncclResult_t deviceBackendCreate(ncclMoeComm& moe, ncclComm_t comm) {
+  std::unique_ptr<DeviceBootstrap> bootstrap;
+  MOECHECK(ncclBootstrapCreate(&bootstrap, comm, moe.nRanks, moe.config.timeoutMs));
+  return deviceBackendCreate(moe, std::move(bootstrap));
+}
+
+} // namespace moe

@@ -1,0 +1,103 @@
+// What host code hands to the kernels, and their launchers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/layout.h"
+#include "nccl_moe.h"
+
+namespace moe {
+
+// A communicator as a kernel sees it.
+struct CommView {
+  int rank, nRanks, nExperts;
+  CommLayout layout;
+  char* self;                // this rank's communicator window
+  char* const* windows;      // [kMaxWindows][nRanks] base of every window at every rank; window 0 is the communicator's
+  const int* expertPosition; // [nExperts] expert id -> position in the order (rank, local expert)
+  const int* positionRank;   // [nExperts] rank of a position
+  const int* rankStart;      // [nRanks+1] first position of a rank
+  Failure* failure;          // host memory
+  const volatile int* abortFlag; // host memory
+  uint64_t timeoutNs;
+
+  __device__ __forceinline__ char* peer(int r) const { return windows[r]; }
+};
+
+// A routing as a kernel sees it.
+struct RoutingView {
+  RoutingLayout layout;
+  char* self; // this rank's window of it
+  int window; // its number
+  int kind;   // ncclMoeLayout_t
+  int alignment;
+  RoutingOutcome* outcome; // host memory
+
+  __device__ __forceinline__ RoutingLayout::State* state() const {
+    return reinterpret_cast<RoutingLayout::State*>(self + layout.state());
+  }
+  __device__ __forceinline__ RoutingLayout::PerRank* perRank() const {
+    return reinterpret_cast<RoutingLayout::PerRank*>(self + layout.perRank);
+  }
+  __device__ __forceinline__ int* ints(size_t offset) const { return reinterpret_cast<int*>(self + offset); }
+};
+
+struct RouteArgs {
+  CommView comm;
+  RoutingView routing;
+  const void* topkIdx;
+  bool idx64;
+  bool keep;
+  int nTokens;
+  const int* nTokensDev;
+  long long capacity;
+  int recvWindow; // -1: recvX lies in no window
+  long long recvOffset;
+  int* recvCount;
+  int* expertCounts;
+  int* expertOffsets;
+  uint32_t signature;
+};
+
+struct PushArgs {
+  CommView comm;
+  RoutingView routing;
+  const char* x;
+  int rowBytes;  // of x
+  int wireBytes; // after the cast
+  int hidden;
+  ncclMoeQuant_t quant;
+  const float* topkWeights;
+  const char* scales;
+  int scaleBytes; // on the wire
+  bool columnMajor;
+  long long rows; // leading dimension of column-major scales
+  char* recvX;
+  bool recvDirect; // peers write to recvX themselves
+  char* recvScales;
+  int* recvTopkIdx;
+  float* recvWeights;
+};
+
+struct CombineArgs {
+  CommView comm;
+  RoutingView routing;
+  const char* x;
+  int rowBytes;
+  ncclDataType_t type;
+  const float* weights;
+  const float* gradWeights;
+  bool withGrads;
+  char* out;
+  float* gradTopkWeights;
+  uint32_t signature;
+};
+
+cudaError_t prepareRoute(); // once a device
+cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream);
+cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
+cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream);
+
+} // namespace moe

@@ -1,0 +1,162 @@
+// What lies where in device memory: one description for host code and kernels.
+//
+// A rank's communicator window (peers write into it):
+//   Control           counters and sticky failure of this rank; only its own kernels use it
+//   mailbox[2][R]     what each rank says at the start of a call, by parity of the epoch: Message, then nExperts + R
+//   counts ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
+//   rowFlags[R][T]    epoch in which row i of source rank r arrived
+//   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them
+//   grads[R][T][K]    weight gradients of arriving rows (combine)
+//   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums
+// A routing's window (peers write map and weights):
+//   map[R][T][K]      for row i of source rank r and each of its token's selections: the slot here (expert layouts) or
+//   the
+//                     local expert id (RANK_MAJOR); -1: that selection is not here
+//   weights[R][T][K]  its weights
+//   RoutingTables ... see below
+// T stands for maxTokens, K for top-k, rows and tables are aligned to 128 bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/hd.h"
+
+namespace moe {
+
+constexpr int kChunkTokens = 128;       // tokens that one block of the route kernel takes
+constexpr int kMaxDeviceExperts = 8192; // the route kernel's bitmaps of a chunk lie in shared memory
+constexpr int kMaxDeviceRanks = 64;
+constexpr int kMaxWindows = 256;
+constexpr int kMaxScaleBytes = 4096;
+
+MOE_HD size_t align128(size_t bytes) { return (bytes + 127) / 128 * 128; }
+
+// Phases that a failure names.
+enum WaitPhase : int {
+  kPhaseNone = 0,
+  kPhaseExchange = 1,
+  kPhaseReady = 2,
+  kPhaseDispatchRow = 3,
+  kPhaseCombineRow = 4
+};
+
+// First failure of this rank's kernels, in host memory that the device writes: fields first, code last.
+struct Failure {
+  int code; // 0, or a FailureCode
+  int phase;
+  int peer;
+  uint32_t epoch;
+  uint32_t seen; // signature that the peer sent, for kFailMismatch
+};
+enum FailureCode : int { kFailNone = 0, kFailTimeout = 1, kFailAborted = 2, kFailMismatch = 3 };
+
+// Outcome of a routing's last dispatch, in host memory that the device writes.
+struct RoutingOutcome {
+  int code; // 0, or an OutcomeCode
+  int rank; // whose capacity was exceeded
+  long long needed, capacity;
+  int token, position, expert; // of an index that is out of range or repeated
+  long long nRows;
+  // int expertCounts[L] follows
+};
+enum OutcomeCode : int { kOutcomeOk = 0, kOutcomeCapacity = 1, kOutcomeIndexRange = 2, kOutcomeIndexRepeated = 3 };
+
+struct Control {
+  uint32_t epoch;    // calls that this rank's kernels have begun
+  uint32_t failed;   // sticky: waits end at once
+  uint32_t ticket;   // blocks that have finished the running kernel
+  uint32_t pushNext; // next item of the running kernel that nobody has taken: what this rank sends ...
+  uint32_t recvNext; // ... and what it receives
+};
+
+// What a rank tells every other one at the start of a dispatch.  flag is stored last, with release: epoch << 32 |
+// signature.
+struct Message {
+  unsigned long long flag;
+  long long capacity;   // rows of its recvX
+  long long recvOffset; // of its recvX in the window; -1: peers put rows into the communicator window instead
+  int recvWindow;
+  int pad;
+};
+
+// One selection of a token: position of its expert in the order (rank, local expert), -1 for none, and how many earlier
+// tokens of the chunk chose that expert, and that rank.
+struct Selection {
+  int position;
+  uint16_t inExpert;
+  uint16_t inRank;
+};
+
+// Offsets in the communicator window.
+struct CommLayout {
+  int nRanks, nExperts, maxTokens, maxTopK;
+  size_t rowStride, scaleStride;
+  size_t mailbox, mailboxStride, ready, rowFlags, scales, grads, rows, bytes;
+
+  CommLayout() = default;
+  CommLayout(int ranks, int experts, int tokens, int topK, size_t maxRowBytes)
+    : nRanks(ranks), nExperts(experts), maxTokens(tokens), maxTopK(topK), rowStride(align128(maxRowBytes)),
+      // The fused cast makes 4 bytes per 128 elements of two bytes; a caller's scales may take as much as fits.
+      scaleStride(align128(
+        maxRowBytes / 16 < 256 ? 256 : (maxRowBytes / 16 > kMaxScaleBytes ? kMaxScaleBytes : maxRowBytes / 16))) {
+    const size_t slots = static_cast<size_t>(ranks) * tokens;
+    mailbox = align128(sizeof(Control));
+    mailboxStride = align128(sizeof(Message) + sizeof(int) * (static_cast<size_t>(experts) + ranks));
+    ready = mailbox + 2 * ranks * mailboxStride;
+    rowFlags = ready + align128(sizeof(unsigned long long) * ranks);
+    scales = rowFlags + align128(sizeof(uint32_t) * slots);
+    grads = scales + slots * scaleStride;
+    rows = grads + align128(sizeof(float) * slots * topK);
+    bytes = rows + (slots - tokens) * rowStride;
+  }
+  MOE_HD size_t mailboxOf(unsigned parity, int source) const {
+    return mailbox + (static_cast<size_t>(parity) * nRanks + source) * mailboxStride;
+  }
+  MOE_HD size_t slot(int source, int i) const { return static_cast<size_t>(source) * maxTokens + i; }
+  // Row i of source in the window of rank owner, which keeps none for itself.
+  MOE_HD size_t rowOf(int owner, int source, int i) const {
+    return rows + (static_cast<size_t>(source - (source > owner ? 1 : 0)) * maxTokens + i) * rowStride;
+  }
+};
+
+// Offsets in a routing's window.
+struct RoutingLayout {
+  int nRanks, maxTokens, topK, nChunks, nColumns;
+  size_t map, weights, selections, chunkBase, expertBase, expertTotal, expertOffset, perRank, bytes;
+
+  RoutingLayout() = default;
+  RoutingLayout(int ranks, int experts, int tokens, int k)
+    : nRanks(ranks), maxTokens(tokens), topK(k), nChunks((tokens + kChunkTokens - 1) / kChunkTokens),
+      nColumns(experts + ranks) {
+    const size_t slots = static_cast<size_t>(ranks) * tokens;
+    map = 0;
+    weights = map + align128(sizeof(int) * slots * k);
+    selections = weights + align128(sizeof(float) * slots * k);
+    chunkBase = selections + align128(sizeof(Selection) * static_cast<size_t>(tokens) * k);
+    expertBase = chunkBase + align128(sizeof(int) * static_cast<size_t>(nChunks + 1) * nColumns);
+    expertTotal = expertBase + align128(sizeof(int) * experts);
+    expertOffset = expertTotal + align128(sizeof(int) * (experts + 1));
+    perRank = expertOffset + align128(sizeof(int) * (experts + 1));
+    bytes = perRank + align128(PerRankBytes * ranks) + 128;
+  }
+  // State of one rank of a routing, as seen by the routing's owner.
+  struct PerRank {
+    char* recvX;      // where that rank wants its rows; NULL: in its communicator window
+    long long needed; // rows that it receives, in its layout's count
+    int sendRows;     // rows from here to there
+    int recvRows;     // rows from there to here
+    int sendBase;     // RANK_MAJOR: slot there of the first row from here
+    int recvBase;     // RANK_MAJOR: slot here of the first row from there
+  };
+  static constexpr size_t PerRankBytes = sizeof(PerRank);
+  // One for the routing.
+  struct State {
+    int nTokens;
+    int go;       // 0: the dispatch was refused (a receive buffer is too small)
+    int badIndex; // 1: an index of the running dispatch was reported; 0 between dispatches
+  };
+  MOE_HD size_t state() const { return bytes - 128; }
+};
+
+} // namespace moe

@@ -1,0 +1,294 @@
+// The push kernel: second half of a dispatch.  Every row crosses once per destination rank, straight to its final slot.
+//
+// Protocol.  The route kernel has exchanged counts, so every slot is known and every peer's memory may be written.
+// Warps take tokens from a counter.  For each destination rank a warp stores the row (into the first of its slots if
+// peers reach recvX, otherwise into the communicator window), the map, weights and scales, and then, after __syncwarp,
+// the row's flag: the epoch, with release at system scope.  Between tokens a warp takes rows to deliver from a second
+// counter: it checks the row's flag (acquire) and, once that is the epoch, copies the row to its further slots and the
+// small tensors to the caller's. Warps block on a flag only when all tokens have been taken, and a warp that has taken
+// a token never blocks before it has pushed it: so one resident block per rank is enough to finish, whatever else
+// occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout and abort.
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "device/token.cuh"
+
+namespace moe {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnroll = 4;
+constexpr int kMaxDeliveriesPerPush = 4;
+
+struct WarpScratch {
+  uint4* rows[32];  // where the token's row goes
+  char* scales[32]; // where its scales go
+};
+
+__device__ __forceinline__ void copyBytes(char* to, const char* from, int bytes) {
+  const int lane = threadIdx.x & 31;
+  if (((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 3) == 0) {
+    for (int w = lane; w < bytes / 4; w += 32) {
+      reinterpret_cast<uint32_t*>(to)[w] = reinterpret_cast<const uint32_t*>(from)[w];
+    }
+  } else {
+    for (int b = lane; b < bytes; b += 32) to[b] = from[b];
+  }
+}
+
+// BF16 to FP8 on the way to nDst rows; a block's scale goes to nScales places.  Eight lanes share a block of 128
+// elements.
+__device__ __forceinline__ void castRow(const PushArgs& a, const uint4* from, const WarpScratch& scratch, int nDst,
+                                        int nScales) {
+  const int lane = threadIdx.x & 31;
+  const int nGroups = a.hidden / 16;
+  for (int g0 = 0; g0 < nGroups; g0 += 32) {
+    const int g = g0 + lane;
+    const bool active = g < nGroups;
+    uint4 raw[2] = {};
+    if (active) {
+      raw[0] = loadOnce(from + 2 * g);
+      raw[1] = loadOnce(from + 2 * g + 1);
+    }
+    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(raw);
+    float amax = 0x1p-64f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float2 f = __bfloat1622float2(pairs[i]);
+      amax = fmaxf(amax, fmaxf(fabsf(f.x), fabsf(f.y)));
+    }
+#pragma unroll
+    for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    const float scale = __fdiv_rn(amax, 448.0f);
+    float factor;
+    unsigned exponent = 0;
+    if (a.quant == ncclMoeQuantFp8Ue8m0) {
+      const unsigned bits = __float_as_uint(scale);
+      exponent = min((bits >> 23) + ((bits & 0x7fffffu) != 0 ? 1u : 0u), 254u);
+      factor = exponent == 254u ? 0x1p-127f : __uint_as_float((254u - exponent) << 23);
+    } else {
+      factor = __fdiv_rn(448.0f, amax);
+    }
+    uint4 out;
+    uint16_t* q = reinterpret_cast<uint16_t*>(&out);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float2 f = __bfloat1622float2(pairs[i]);
+      f.x = __fmul_rn(f.x, factor);
+      f.y = __fmul_rn(f.y, factor);
+      q[i] = __nv_cvt_float2_to_fp8x2(f, __NV_SATFINITE, __NV_E4M3);
+    }
+    if (active) {
+      for (int d = 0; d < nDst; d++) scratch.rows[d][g] = out;
+      if (g % 8 == 0) {
+        for (int d = 0; d < nScales; d++) {
+          if (a.quant == ncclMoeQuantFp8Ue8m0) {
+            scratch.scales[d][g / 8] = static_cast<char>(exponent);
+          } else {
+            reinterpret_cast<float*>(scratch.scales[d])[g / 8] = scale;
+          }
+        }
+      }
+    }
+  }
+  if (a.quant == ncclMoeQuantFp8Ue8m0) {
+    const int nBlocks = (a.hidden + NCCL_MOE_SCALE_BLOCK - 1) / NCCL_MOE_SCALE_BLOCK;
+    if (nBlocks + lane < a.scaleBytes) {
+      for (int d = 0; d < nScales; d++) scratch.scales[d][nBlocks + lane] = 0;
+    }
+  }
+}
+
+// Copies a row's scales from the communicator window to the caller's tensor.
+__device__ __forceinline__ void deliverScales(const PushArgs& a, const char* from, long long slot) {
+  if (!a.columnMajor) {
+    copyBytes(a.recvScales + slot * a.scaleBytes, from, a.scaleBytes);
+    return;
+  }
+  const int nWords = a.scaleBytes / 4;
+  uint32_t* to = reinterpret_cast<uint32_t*>(a.recvScales);
+  if (a.routing.kind == ncclMoeLayoutExpertPadded) {
+    to += slot / a.rows * a.rows * nWords;
+    slot %= a.rows;
+  }
+  for (int w = threadIdx.x & 31; w < nWords; w += 32)
+    to[w * a.rows + slot] = reinterpret_cast<const uint32_t*>(from)[w];
+}
+
+// What is left to do with a row that has arrived, or (own) that this rank has put into all of its slots itself.
+__device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch, int source, int row) {
+  const CommView& c = a.comm;
+  const int lane = threadIdx.x & 31;
+  const int k = a.routing.layout.topK;
+  const bool own = source == c.rank;
+  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
+  const size_t at = mapIndex(a.routing, source, row, lane);
+  const int entry = lane < k ? __ldcg(a.routing.ints(a.routing.layout.map) + at) : -1;
+  const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
+  const char* scales = c.self + c.layout.scales + c.layout.slot(source, row) * c.layout.scaleStride;
+  const int slot = rankMajor ? a.routing.perRank()[source].recvBase + row : entry;
+  const unsigned targets = rankMajor ? 1u : __ballot_sync(~0u, entry >= 0);
+  if (targets == 0) return;
+  if (!own) {
+    const int first = __ffs(targets) - 1;
+    const bool isTarget = (targets >> lane & 1) != 0;
+    const bool wanted = isTarget && !(a.recvDirect && lane == first);
+    const int firstSlot = __shfl_sync(~0u, slot, first);
+    const unsigned copies = __ballot_sync(~0u, wanted);
+    if (wanted) {
+      scratch.rows[__popc(copies & ((1u << lane) - 1))] =
+        reinterpret_cast<uint4*>(a.recvX + static_cast<long long>(slot) * a.wireBytes);
+    }
+    __syncwarp();
+    const char* from = a.recvDirect ? a.recvX + static_cast<long long>(firstSlot) * a.wireBytes
+                                    : c.self + c.layout.rowOf(c.rank, source, row);
+    if (copies != 0) {
+      copyRow<kUnroll, true>(reinterpret_cast<const uint4*>(from), scratch.rows, __popc(copies), a.wireBytes / 16);
+    }
+  }
+  if (rankMajor) {
+    const long long first = static_cast<long long>(slot) * k;
+    if (a.recvTopkIdx != nullptr && lane < k) a.recvTopkIdx[first + lane] = entry;
+    if (a.recvWeights != nullptr && lane < k) a.recvWeights[first + lane] = __ldcg(weights + at);
+  } else if (a.recvWeights != nullptr && entry >= 0) {
+    a.recvWeights[entry] = __ldcg(weights + at);
+  }
+  if (a.scaleBytes > 0) {
+    for (unsigned rest = targets; rest != 0; rest &= rest - 1) {
+      deliverScales(a, scales, __shfl_sync(~0u, slot, __ffs(rest) - 1));
+    }
+  }
+  __syncwarp(); // scratch is free again
+}
+
+template <bool kCast>
+__device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratch, int t, uint32_t epoch) {
+  const CommView& c = a.comm;
+  const int lane = threadIdx.x & 31;
+  const int k = a.routing.layout.topK;
+  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
+  const Token token = loadToken(c, a.routing, t);
+  const bool own = token.rank == c.rank;
+  const bool hasRow = own && !rankMajor ? true : token.leader;
+  const unsigned leaders = __ballot_sync(~0u, token.leader);
+  if (leaders == 0) return;
+  const unsigned rows = __ballot_sync(~0u, hasRow);
+  const unsigned below = (1u << lane) - 1;
+  if (hasRow) {
+    char* direct = own ? a.recvX : a.routing.perRank()[token.rank].recvX;
+    char* to = direct != nullptr ? direct + static_cast<long long>(token.slot) * a.wireBytes
+                                 : c.peer(token.rank) + c.layout.rowOf(token.rank, c.rank, token.row);
+    scratch.rows[__popc(rows & below)] = reinterpret_cast<uint4*>(to);
+  }
+  char* scalesTo = nullptr;
+  if (token.leader) {
+    scalesTo = c.peer(token.rank) + c.layout.scales + c.layout.slot(c.rank, token.row) * c.layout.scaleStride;
+    scratch.scales[__popc(leaders & below)] = scalesTo;
+  }
+  __syncwarp();
+  const uint4* from = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(t) * a.rowBytes);
+  if constexpr (kCast) {
+    castRow(a, from, scratch, __popc(rows), __popc(leaders));
+  } else {
+    copyRow<kUnroll, false>(from, scratch.rows, __popc(rows), a.rowBytes / 16);
+  }
+  const int entry = rankMajor ? token.position - (token.rank >= 0 ? c.rankStart[token.rank] : 0) : token.slot;
+  const float weight = a.topkWeights != nullptr && lane < k ? a.topkWeights[static_cast<size_t>(t) * k + lane] : 0.0f;
+  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+    const int leader = __ffs(rest) - 1;
+    const int rank = __shfl_sync(~0u, token.rank, leader);
+    const int row = __shfl_sync(~0u, token.row, leader);
+    char* window = c.windows[a.routing.window * c.nRanks + rank];
+    if (lane < k) {
+      const size_t at = mapIndex(a.routing, c.rank, row, lane);
+      reinterpret_cast<int*>(window + a.routing.layout.map)[at] = token.rank == rank ? entry : -1;
+      if (a.topkWeights != nullptr) {
+        reinterpret_cast<float*>(window + a.routing.layout.weights)[at] = token.rank == rank ? weight : 0.0f;
+      }
+    }
+    if (!kCast && a.scaleBytes > 0) {
+      copyBytes(scratch.scales[__popc(leaders & ((1u << leader) - 1))],
+                a.scales + static_cast<size_t>(t) * a.scaleBytes, a.scaleBytes);
+    }
+  }
+  __syncwarp();
+  if (token.leader && !own) {
+    storeRelease(reinterpret_cast<uint32_t*>(c.peer(token.rank) + c.layout.rowFlags) + c.layout.slot(c.rank, token.row),
+                 epoch);
+  }
+  const unsigned ownLeader = __ballot_sync(~0u, token.leader && own);
+  if (ownLeader != 0) deliver(a, scratch, c.rank, __shfl_sync(~0u, token.row, __ffs(ownLeader) - 1));
+  __syncwarp();
+}
+
+template <bool kCast> __global__ void __launch_bounds__(kThreads, 1) pushKernel(const __grid_constant__ PushArgs a) {
+  __shared__ WarpScratch scratches[kWarps];
+  WarpScratch& scratch = scratches[threadIdx.x / 32];
+  const CommView& c = a.comm;
+  Control* ctl = control(c);
+  const RoutingLayout::State state = *a.routing.state();
+  const RoutingLayout::PerRank* perRank = a.routing.perRank();
+  const uint32_t epoch = ctl->epoch;
+  const uint32_t* flags = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlags);
+  uint32_t nRecv = 0; // items to receive: row n / (R-1) of the n % (R-1)th other rank, where it exists
+  for (int r = 0; r < c.nRanks; r++) {
+    if (r != c.rank) nRecv = max(nRecv, static_cast<uint32_t>(perRank[r].recvRows));
+  }
+  nRecv *= c.nRanks - 1;
+  bool pushing = state.go != 0, receiving = state.go != 0 && nRecv > 0;
+  int source = -1, row = 0; // taken, but not yet delivered
+  while (pushing || receiving) {
+    if (pushing) {
+      const uint32_t t = claim(&ctl->pushNext);
+      pushing = t < static_cast<uint32_t>(state.nTokens);
+      if (pushing) pushToken<kCast>(a, scratch, t, epoch);
+    }
+    for (int n = 0; receiving && (!pushing || n < kMaxDeliveriesPerPush); n++) {
+      if (source < 0) {
+        const uint32_t item = claim(&ctl->recvNext);
+        if (item >= nRecv) {
+          receiving = false;
+          break;
+        }
+        const int other = item % (c.nRanks - 1);
+        source = other + (other >= c.rank ? 1 : 0);
+        row = item / (c.nRanks - 1);
+        if (row >= perRank[source].recvRows) {
+          source = -1;
+          continue;
+        }
+      }
+      const uint32_t* flag = flags + c.layout.slot(source, row);
+      bool arrived = false;
+      if ((threadIdx.x & 31) == 0) {
+        arrived = pushing ? loadAcquire(flag) == epoch
+                          : waitUntil(c, kPhaseDispatchRow, source, epoch, [&] { return loadAcquire(flag) == epoch; });
+      }
+      arrived = __shfl_sync(~0u, arrived, 0);
+      if (!arrived) {
+        receiving = pushing; // a wait that failed ends the kernel
+        break;
+      }
+      deliver(a, scratch, source, row);
+      source = -1;
+    }
+  }
+  if (lastBlock(ctl) && threadIdx.x == 0) {
+    ctl->pushNext = 0;
+    ctl->recvNext = 0;
+  }
+}
+
+} // namespace
+
+cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
+  if (args.quant != ncclMoeQuantNone) {
+    pushKernel<true><<<numSms, kThreads, 0, stream>>>(args);
+  } else {
+    pushKernel<false><<<numSms, kThreads, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+} // namespace moe
