@@ -71,6 +71,21 @@ ncclResult_t loadConfig(const ncclMoeConfig_t* from, int nRanks, const char* fun
 
 } // namespace
 
+ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeConfig_t* config, const char* function,
+                        const std::function<ncclResult_t(ncclMoeComm&)>& makeBackend) {
+  auto made = std::make_unique<ncclMoeComm>();
+  MOECHECK(loadConfig(config, nRanks, function, &made->config));
+  if (rank < 0 || rank >= nRanks) {
+    return fail(ncclInvalidArgument, "%s: rank %d is not in 0..%d", function, rank, nRanks - 1);
+  }
+  made->nRanks = nRanks;
+  made->rank = rank;
+  MOECHECK(makeBackend(*made));
+  made->magic = kCommMagic;
+  *moe = made.release();
+  return ncclSuccess;
+}
+
 ncclResult_t checkComm(const ncclMoeComm* comm, const char* function) {
   if (comm == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
   if (comm->magic != kCommMagic) return fail(ncclInvalidArgument, "%s: moe is not a communicator", function);
@@ -108,13 +123,9 @@ MOE_API ncclResult_t ncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const 
     if (moe == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
     *moe = nullptr;
     if (comm == nullptr) return fail(ncclInvalidArgument, "%s: comm is NULL", function);
-    auto made = std::make_unique<ncclMoeComm>();
-    MOECHECK(deviceQueryComm(comm, &made->nRanks, &made->rank));
-    MOECHECK(loadConfig(config, made->nRanks, function, &made->config));
-    MOECHECK(deviceBackendCreate(*made, comm));
-    made->magic = kCommMagic;
-    *moe = made.release();
-    return ncclSuccess;
+    int nRanks = 0, rank = 0;
+    MOECHECK(deviceQueryComm(comm, &nRanks, &rank));
+    return commCreate(moe, nRanks, rank, config, function, [&](ncclMoeComm& made) { return deviceBackendCreate(made, comm); });
   });
 }
 MOE_API_ALIAS(ncclMoeCommInit);
@@ -126,17 +137,7 @@ MOE_API ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int ran
     if (moe == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
     *moe = nullptr;
     if (rendezvous == nullptr) return fail(ncclInvalidArgument, "%s: rendezvous is NULL", function);
-    auto made = std::make_unique<ncclMoeComm>();
-    MOECHECK(loadConfig(config, nRanks, function, &made->config));
-    if (rank < 0 || rank >= nRanks) {
-      return fail(ncclInvalidArgument, "%s: rank %d is not in 0..%d", function, rank, nRanks - 1);
-    }
-    made->nRanks = nRanks;
-    made->rank = rank;
-    MOECHECK(hostBackendCreate(*made, rendezvous));
-    made->magic = kCommMagic;
-    *moe = made.release();
-    return ncclSuccess;
+    return commCreate(moe, nRanks, rank, config, function, [&](ncclMoeComm& made) { return hostBackendCreate(made, rendezvous); });
   });
 }
 MOE_API_ALIAS(ncclMoeCommInitHost);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <new>
 
 #include "base/error.h"
@@ -17,6 +18,10 @@ namespace moe {
 
 constexpr uint64_t kCommMagic = 0x6d6f65436f6d6d31;
 constexpr uint64_t kRoutingMagic = 0x6d6f65526f757431;
+
+// A communicator of this config on the backend that makeBackend sets.
+ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeConfig_t* config, const char* function,
+                        const std::function<ncclResult_t(ncclMoeComm&)>& makeBackend);
 
 ncclResult_t checkComm(const ncclMoeComm* comm, const char* function);
 ncclResult_t checkRouting(const ncclMoeRouting* routing, const ncclMoeComm* comm, const char* function);

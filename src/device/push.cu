@@ -16,8 +16,8 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
+// The cast needs more registers than the copy.
+template <bool kCast> constexpr int kThreads = kCast ? 768 : 1024;
 constexpr int kUnroll = 4;
 constexpr int kMaxDeliveriesPerPush = 4;
 
@@ -222,8 +222,9 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   __syncwarp();
 }
 
-template <bool kCast> __global__ void __launch_bounds__(kThreads, 1) pushKernel(const __grid_constant__ PushArgs a) {
-  __shared__ WarpScratch scratches[kWarps];
+template <bool kCast>
+__global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_constant__ PushArgs a) {
+  __shared__ WarpScratch scratches[kThreads<kCast> / 32];
   WarpScratch& scratch = scratches[threadIdx.x / 32];
   const CommView& c = a.comm;
   Control* ctl = control(c);
@@ -284,9 +285,9 @@ template <bool kCast> __global__ void __launch_bounds__(kThreads, 1) pushKernel(
 
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
   if (args.quant != ncclMoeQuantNone) {
-    pushKernel<true><<<numSms, kThreads, 0, stream>>>(args);
+    pushKernel<true><<<numSms, kThreads<true>, 0, stream>>>(args);
   } else {
-    pushKernel<false><<<numSms, kThreads, 0, stream>>>(args);
+    pushKernel<false><<<numSms, kThreads<false>, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

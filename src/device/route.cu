@@ -316,9 +316,10 @@ cudaError_t prepareRoute() {
 }
 
 cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream) {
-  const int nBlocks = args.keep ? 1 : (args.nTokens + kChunkTokens - 1) / kChunkTokens;
+  const int nChunks = (args.nTokens + kChunkTokens - 1) / kChunkTokens;
+  const int nBlocks = args.keep || nChunks == 0 ? 1 : nChunks;
   const size_t shared = sizeof(uint32_t) * kWords * args.routing.layout.nColumns;
-  routeKernel < < <nBlocks> 0 ? nBlocks : 1, kThreads, shared, stream >>> (args);
+  routeKernel<<<nBlocks, kThreads, shared, stream>>>(args);
   return cudaGetLastError();
 }
 

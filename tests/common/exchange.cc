@@ -11,6 +11,13 @@ template <class T> T* output(const GuardedBuffer& buffer, bool emptyNull) {
   return buffer.given() && !(emptyNull && buffer.size() == 0) ? buffer.as<T>() : nullptr;
 }
 
+template <class T> void visitTensor(const TensorVisitor& visit, GuardedBuffer& buffer, T*& argument, bool output) {
+  void* address = const_cast<void*>(static_cast<const void*>(argument));
+  if (address == nullptr) return;
+  visit(buffer, &address, output);
+  argument = static_cast<T*>(address);
+}
+
 std::string checkGuards(const char* name, const GuardedBuffer& buffer) {
   if (!buffer.given() || buffer.guardsIntact()) return "";
   return std::string("bytes round ") + name + " were written";
@@ -120,6 +127,29 @@ void DispatchCall::poison() {
        {&recvX_, &recvScales_, &recvTopkIdx_, &recvWeights_, &recvCount_, &expertCounts_, &expertOffsets_}) {
     if (buffer->given()) buffer->refill();
   }
+}
+
+void DispatchCall::forEachTensor(const TensorVisitor& visit) {
+  visitTensor(visit, x_, args_.x, false);
+  visitTensor(visit, topkIdx_, args_.topkIdx, false);
+  visitTensor(visit, topkWeights_, args_.topkWeights, false);
+  visitTensor(visit, scales_, args_.scales, false);
+  visitTensor(visit, tokensDev_, args_.nTokensDev, false);
+  visitTensor(visit, recvX_, args_.recvX, true);
+  visitTensor(visit, recvScales_, args_.recvScales, true);
+  visitTensor(visit, recvTopkIdx_, args_.recvTopkIdx, true);
+  visitTensor(visit, recvWeights_, args_.recvWeights, true);
+  visitTensor(visit, recvCount_, args_.recvCount, true);
+  visitTensor(visit, expertCounts_, args_.expertCounts, true);
+  visitTensor(visit, expertOffsets_, args_.expertOffsets, true);
+}
+
+void CombineCall::forEachTensor(const TensorVisitor& visit) {
+  visitTensor(visit, x_, args_.x, false);
+  visitTensor(visit, weights_, args_.weights, false);
+  visitTensor(visit, gradWeights_, args_.gradWeights, false);
+  visitTensor(visit, out_, args_.out, true);
+  visitTensor(visit, gradTopkWeights_, args_.gradTopkWeights, true);
 }
 
 CombineCall::CombineCall(const Reference& reference, const CombineProblem& problem, int rank, bool emptyNull,

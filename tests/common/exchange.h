@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,9 @@ struct DispatchStyle {
   unsigned int flags = 0;
 };
 
+// Gets a buffer, where the arguments point to it, and whether the call writes it.
+using TensorVisitor = std::function<void(GuardedBuffer& buffer, void** argument, bool output)>;
+
 class DispatchCall {
  public:
   DispatchCall(const Reference& reference, int rank, const DispatchStyle& style);
@@ -35,6 +39,8 @@ class DispatchCall {
   std::string verifyRowsUntouched() const;
   void poison(); // for another call into the same buffers
   DispatchImage image() const;
+  // Every tensor that args() points to, for a backend whose memory is elsewhere.
+  void forEachTensor(const TensorVisitor& visit);
 
  private:
   const Reference& reference_;
@@ -54,6 +60,7 @@ class CombineCall {
   std::string verifyUntouched() const;
   void poison();
   CombineImage image() const;
+  void forEachTensor(const TensorVisitor& visit);
 
  private:
   const Reference& reference_;

@@ -1,0 +1,100 @@
+// Ranks on GPUs: threads of one process, each with a stream, that share the GPUs there are.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/cases.h"
+#include "common/cluster.h"
+#include "common/exchange.h"
+#include "device/bootstrap.h"
+
+namespace moe::test {
+
+// How many CUDA devices there are, asked in a process of its own: a process that forks must not have touched CUDA.
+int gpuCount();
+
+#define NEED_GPUS(n)                                                                                                   \
+  do {                                                                                                                 \
+    if (gpuCount() < (n)) GTEST_SKIP() << "needs " << (n) << " CUDA device(s), found " << gpuCount();                  \
+  } while (0)
+
+// Where the threads of a process meet.
+class Meeting;
+std::shared_ptr<Meeting> makeMeeting(int nRanks, int timeLimitMs);
+std::unique_ptr<DeviceBootstrap> makeBootstrap(std::shared_ptr<Meeting> meeting, int rank);
+
+// Device memory handed out piece by piece, with poisoned zones between the pieces.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(char* base, size_t bytes) : base_(base), bytes_(bytes) {}
+  // NULL if it does not fit.
+  char* take(size_t bytes);
+  void reset() { used_ = 0; }
+
+ private:
+  char* base_ = nullptr;
+  size_t bytes_ = 0, used_ = 0;
+};
+
+// A rank of a communicator of CUDA memory.
+class GpuRank {
+ public:
+  GpuRank(int rank, int nRanks, int device) : rank_(rank), nRanks_(nRanks), device_(device) {}
+  ~GpuRank();
+  GpuRank(const GpuRank&) = delete;
+  GpuRank& operator=(const GpuRank&) = delete;
+
+  // Makes the communicator and 2 * arenaBytes of memory: one part that peers reach and one that they do not.
+  std::string init(const ncclMoeConfig_t& config, std::shared_ptr<Meeting> meeting, size_t arenaBytes);
+  std::string destroy();
+
+  int rank() const { return rank_; }
+  ncclMoeComm_t comm() const { return comm_; }
+  cudaStream_t stream() const { return stream_; }
+
+  // Moves a call's tensors to the device (recvX into memory that peers reach where reachable), and its outputs back.
+  template <class Call> std::string upload(Call& call, bool reachable);
+  std::string download();
+  void forget();  // the tensors of all calls
+
+ private:
+  struct Piece {
+    GuardedBuffer* host;
+    char* device;
+    bool output;
+  };
+  std::string place(GuardedBuffer& buffer, void** argument, bool output, bool reachable);
+
+  int rank_, nRanks_, device_;
+  ncclMoeComm_t comm_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  char* plain_ = nullptr;
+  Arena plainArena_, reachableArena_;
+  std::vector<Piece> pieces_;
+};
+
+#define RANK_CUDA(call)                                                                                                \
+  do {                                                                                                                 \
+    const cudaError_t cuda_ = (call);                                                                                  \
+    if (cuda_ != cudaSuccess) return std::string(MOE_TEST_HERE #call " returned ") + cudaGetErrorString(cuda_);        \
+  } while (0)
+
+template <class Call> std::string GpuRank::upload(Call& call, bool reachable) {
+  std::string wrong;
+  call.forEachTensor([&](GuardedBuffer& buffer, void** argument, bool output) {
+    const bool isRows = output && buffer.size() > 0;
+    if (wrong.empty()) wrong = place(buffer, argument, output, reachable && isRows);
+  });
+  return wrong;
+}
+
+// Runs nRanks threads in a fresh process, rank r on device r % nDevices; the time limit makes a hang a failure.
+using GpuBody = std::function<std::string(int rank, std::shared_ptr<Meeting> meeting)>;
+std::string runGpuThreads(int nRanks, int timeLimitMs, const GpuBody& body);
+
+} // namespace moe::test

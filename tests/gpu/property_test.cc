@@ -1,0 +1,154 @@
+// Random shapes through every layout, type and cast on GPUs, against the reference, to the bit.
+#include <gtest/gtest.h>
+
+#include "gpu/gpu.h"
+
+namespace moe::test {
+namespace {
+
+constexpr size_t kArenaBytes = size_t{96} << 20;
+constexpr int kSmsOfAllRanks = 96;  // what the ranks of a GPU share, with room for their small kernels
+
+struct Round {
+  std::unique_ptr<Reference> reference;
+  std::vector<DispatchStyle> styles;
+  std::vector<CombineProblem> combines;
+  bool reachable = false;
+  bool keep = false;
+};
+
+// What the CUDA backend does not take, and says so.
+void restrict(DispatchProblem* p) {
+  constexpr int kMostScaleBytes = 256;
+  if (p->scaleBytes <= kMostScaleBytes) return;
+  for (Source& source : p->sources) source.scales.resize(static_cast<size_t>(source.nTokens) * kMostScaleBytes);
+  p->scaleBytes = kMostScaleBytes;
+}
+
+std::vector<Round> randomRounds(Random& random, const World& world, int nRounds) {
+  std::vector<Round> rounds;
+  for (int i = 0; i < nRounds; i++) {
+    Round round;
+    const DispatchProblem* last = rounds.empty() ? nullptr : &rounds.back().reference->problem();
+    round.keep = last != nullptr && chance(random, 0.4);
+    DispatchProblem problem = randomDispatch(random, world, last);
+    if (last != nullptr && !round.keep) {
+      for (Source& source : problem.sources) {
+        fillSelections(random, world, chance(random, 0.5) ? Selections::uniform : Selections::sparse, problem.topK, &source);
+      }
+    }
+    restrict(&problem);
+    for (int r = 0; r < world.nRanks; r++) {
+      DispatchStyle style = randomStyle(random);
+      if (round.keep) style.tokensDev = rounds.back().styles[r].tokensDev;
+      if (style.tokensDev) style.emptyNull = false;
+      style.flags = (round.keep ? NCCL_MOE_KEEP_ROUTING : 0u) | (chance(random, 0.2) ? NCCL_MOE_SEND_ONLY : 0u);
+      round.styles.push_back(style);
+    }
+    round.reachable = chance(random, 0.5);
+    round.reference = std::make_unique<Reference>(problem);
+    CombineProblem combine = randomCombine(random, world, *round.reference);
+    combine.exact = false;
+    round.combines.push_back(std::move(combine));
+    rounds.push_back(std::move(round));
+  }
+  return rounds;
+}
+
+std::string runRounds(GpuRank& rank, const World& world, const std::vector<Round>& rounds) {
+  const DispatchProblem& first = rounds[0].reference->problem();
+  ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
+  config.topK = first.topK;
+  config.maxTokens = first.maxTokens == world.maxTokens ? 0 : first.maxTokens;
+  config.layout = first.layout;
+  config.expertAlignment = first.expertAlignment;
+  config.hostCounts = 1;
+  ncclMoeRouting_t routing = nullptr;
+  RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+  for (const Round& round : rounds) {
+    const std::string where = describe(round.reference->problem());
+    const DispatchStyle& style = round.styles[rank.rank()];
+    DispatchCall call(*round.reference, rank.rank(), style);
+    RANK_TRY(rank.upload(call, round.reachable));
+    RANK_OK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()), rank.comm());
+    if ((style.flags & NCCL_MOE_SEND_ONLY) != 0) {
+      RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
+    }
+    int64_t nRows = -1;
+    const Delivery& delivery = round.reference->delivery(rank.rank());
+    std::vector<int> counts(delivery.expertCounts.size());
+    RANK_OK(ncclMoeRoutingGetCounts(routing, rank.comm(), &nRows, counts.data()), rank.comm());
+    RANK_CHECK(nRows == delivery.nRows, "GetCounts: %lld rows instead of %lld", (long long)nRows, (long long)delivery.nRows);
+    RANK_CHECK(counts == delivery.expertCounts);
+    RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+    ncclResult_t async = ncclSuccess;
+    RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+    RANK_CHECK(async == ncclSuccess, "dispatch: %s in %s", ncclMoeGetLastError(rank.comm()), where.c_str());
+    RANK_TRY(rank.download());
+    std::string wrong = call.verify();
+    if (!wrong.empty()) return wrong + (round.reachable ? " (reachable) in " : " in ") + where;
+    rank.forget();
+    for (const CombineProblem& problem : round.combines) {
+      CombineCall combine(*round.reference, problem, rank.rank(), style.emptyNull, 0);
+      RANK_TRY(rank.upload(combine, false));
+      RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+      RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+      RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+      RANK_CHECK(async == ncclSuccess, "combine: %s", ncclMoeGetLastError(rank.comm()));
+      RANK_TRY(rank.download());
+      wrong = combine.verify();
+      if (!wrong.empty()) return wrong + " in " + describe(problem) + " after " + where;
+      rank.forget();
+    }
+  }
+  RANK_OK(ncclMoeRoutingDestroy(routing, rank.comm()), rank.comm());
+  return "";
+}
+
+// Jobs from consecutive seeds in one process; the seed of the first that fails repeats it.
+void runJobs(int nJobs, int minRanks, int maxRanks) {
+  NEED_GPUS(1);
+  const int nDevices = gpuCount();
+  const uint64_t seed = testSeed();
+  Random sizes(seed);
+  for (int done = 0; done < nJobs;) {
+    const int nRanks = pick(sizes, minRanks, maxRanks);
+    const int batch = std::min(nJobs - done, 12);
+    std::vector<World> worlds;
+    std::vector<std::vector<std::vector<Round>>> jobs;
+    for (int j = 0; j < batch; j++) {
+      Random random(seed + 1000003u * static_cast<uint64_t>(done + j));
+      WorldLimits limits;
+      limits.minRanks = limits.maxRanks = nRanks;
+      worlds.push_back(randomWorld(random, limits));
+      jobs.emplace_back();
+      for (int n = 0; n < 2; n++) jobs.back().push_back(randomRounds(random, worlds.back(), 3));
+    }
+    const std::string failures = runGpuThreads(nRanks, 120000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      for (int j = 0; j < batch; j++) {
+        GpuRank rank(r, nRanks, r % nDevices);
+        ncclMoeConfig_t config = worlds[j].config();
+        config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
+        if (j % 3 == 1) config.numSms = 1;
+        const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
+        std::string wrong = rank.init(config, meeting, kArenaBytes);
+        for (const auto& rounds : jobs[j]) {
+          if (wrong.empty()) wrong = runRounds(rank, worlds[j], rounds);
+        }
+        if (wrong.empty()) wrong = rank.destroy();
+        if (!wrong.empty()) return at + wrong;
+      }
+      return "";
+    });
+    ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
+    done += batch;
+  }
+}
+
+TEST(GpuProperty, OneRank) { runJobs(12, 1, 1); }
+TEST(GpuProperty, TwoRanks) { runJobs(36, 2, 2); }
+TEST(GpuProperty, ThreeToEightRanks) { runJobs(60, 3, 8); }
+TEST(GpuProperty, ManyRanks) { runJobs(12, 9, 16); }
+
+} // namespace
+} // namespace moe::test
