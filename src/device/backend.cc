@@ -80,6 +80,8 @@ class DeviceBackend : public Backend {
                   layout_.bytes, config_.maxMemory);
     }
     CUDACHECK(prepareRoute());
+    CUDACHECK(preparePush());
+    CUDACHECK(prepareCombine());
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
     MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
     MOECHECK(eventCreate(&lastEvent_));

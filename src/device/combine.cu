@@ -309,6 +309,13 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
 
 } // namespace
 
+cudaError_t prepareCombine() {
+  cudaFuncAttributes attributes;
+  cudaError_t result = cudaFuncGetAttributes(&attributes, combineKernel<__nv_bfloat16>);
+  if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, combineKernel<__half>);
+  return result != cudaSuccess ? result : cudaFuncGetAttributes(&attributes, combineKernel<float>);
+}
+
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
   switch (args.type) {
   case ncclBfloat16:

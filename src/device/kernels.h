@@ -95,7 +95,12 @@ struct CombineArgs {
   uint32_t signature;
 };
 
-cudaError_t prepareRoute(); // once a device
+// Once on each device, before the first launch.  It also loads the kernels: loading one at its first launch can wait for
+// the device, and so for a kernel that waits for a peer.
+cudaError_t prepareRoute();
+cudaError_t preparePush();
+cudaError_t prepareCombine();
+
 cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream);
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream);

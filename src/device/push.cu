@@ -283,6 +283,12 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
 
 } // namespace
 
+cudaError_t preparePush() {
+  cudaFuncAttributes attributes;
+  const cudaError_t result = cudaFuncGetAttributes(&attributes, pushKernel<true>);
+  return result != cudaSuccess ? result : cudaFuncGetAttributes(&attributes, pushKernel<false>);
+}
+
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
   if (args.quant != ncclMoeQuantNone) {
     pushKernel<true><<<numSms, kThreads<true>, 0, stream>>>(args);

@@ -135,7 +135,9 @@ std::string GpuRank::place(GuardedBuffer& buffer, void** argument, bool output, 
   const size_t whole = (buffer.size() + kZone - 1) / kZone * kZone;
   RANK_CUDA(cudaMemcpyAsync(piece - kZone, zone.data(), kZone, cudaMemcpyHostToDevice, stream_));
   RANK_CUDA(cudaMemcpyAsync(piece + whole, zone.data(), kZone, cudaMemcpyHostToDevice, stream_));
-  RANK_CUDA(cudaMemsetAsync(piece + buffer.size(), 0x5b, whole - buffer.size(), stream_));
+  // No memset: that may load a kernel, which may wait for another rank's that runs.
+  static const std::vector<uint8_t> rest(kZone, 0x5b);
+  RANK_CUDA(cudaMemcpyAsync(piece + buffer.size(), rest.data(), whole - buffer.size(), cudaMemcpyHostToDevice, stream_));
   if (buffer.size() > 0) RANK_CUDA(cudaMemcpyAsync(piece, buffer.data(), buffer.size(), cudaMemcpyHostToDevice, stream_));
   RANK_CUDA(cudaStreamSynchronize(stream_));
   *argument = piece;

@@ -130,6 +130,7 @@ void runJobs(int nJobs, int minRanks, int maxRanks) {
         ncclMoeConfig_t config = worlds[j].config();
         config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
         if (j % 3 == 1) config.numSms = 1;
+        config.timeoutMs = 5000;
         const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
         std::string wrong = rank.init(config, meeting, kArenaBytes);
         for (const auto& rounds : jobs[j]) {
