@@ -279,7 +279,9 @@ TEST_P(Failure, DestroyBetweenTheHalves) {
     dispatch.recvX = recv.data();
     dispatch.recvCapacity = 128;
     dispatch.flags = NCCL_MOE_SEND_ONLY;
-    RANK_OK(ncclMoeDispatch(&dispatch, routing, rank.comm(), nullptr), rank.comm());
+    // The first to leave may do so before the other has sent.
+    const ncclResult_t result = ncclMoeDispatch(&dispatch, routing, rank.comm(), nullptr);
+    RANK_CHECK(result == ncclSuccess || result == ncclRemoteError, "%s", ncclMoeGetLastError(rank.comm()));
     RANK_OK(rank.destroy(), nullptr);
     return "";
   });
