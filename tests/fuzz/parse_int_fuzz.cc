@@ -8,9 +8,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string text(reinterpret_cast<const char*>(data), size);
   constexpr int64_t untouched = 0x5a5a5a5a5a5a5a5a;
   int64_t value = untouched;
-  if (!moe::parseInt(text.c_str(), &value)) return 0;
+  if (!moe::parseInt(text.data(), &value)) return 0; // up to the first NUL
   // An accepted text is digits, maybe with a sign before and a unit behind; its number in plain digits reads the same.
-  const std::string seen = text.c_str();
+  const std::string seen(text, 0, text.find('\0'));
   size_t digits = seen[0] == '-' ? 1 : 0;
   const size_t first = digits;
   while (digits < seen.size() && seen[digits] >= '0' && seen[digits] <= '9') digits++;
