@@ -1,0 +1,78 @@
+#include "net/engine.h"
+
+#include <sys/resource.h>
+
+#include "base/error.h"
+#include "base/param.h"
+#include "net/transport.h"
+
+namespace moe {
+namespace net {
+namespace {
+
+StringParam transportParam{"NCCL_MOE_NET_TRANSPORT", "auto",
+                           "verbs, tcp, or auto: verbs where there is a usable RDMA device, otherwise tcp"};
+
+// Connections take several descriptors each; the usual soft limit of 1024 is for programs that use select.
+void raiseFileLimit() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+class EngineImpl : public Engine {
+ public:
+  ~EngineImpl() override {
+    transport_.reset(); // connections were counted when they closed; threads end here
+    stats_.write();
+  }
+  ncclResult_t open() {
+    const std::string& choice = transportParam.get();
+    if (choice != "auto" && choice != "verbs" && choice != "tcp") {
+      return fail(ncclInvalidUsage, "NCCL_MOE_NET_TRANSPORT=%s: choose among auto, verbs and tcp", choice.c_str());
+    }
+    raiseFileLimit();
+    if (choice != "tcp") {
+      std::string why;
+      MOECHECK(makeVerbsTransport(&stats_, &transport_, &why));
+      if (transport_ == nullptr && choice == "verbs") {
+        return fail(ncclSystemError, "NCCL_MOE_NET_TRANSPORT=verbs, but %s", why.c_str());
+      }
+      if (transport_ == nullptr) MOE_INFO("NET verbs is not used: %s; tcp serves", why.c_str());
+    }
+    if (transport_ == nullptr) MOECHECK(makeTcpTransport(&stats_, &transport_));
+    return ncclSuccess;
+  }
+  int nDevices() const override { return static_cast<int>(transport_->devices().size()); }
+  const DeviceInfo& device(int dev) const override { return transport_->devices()[dev]; }
+  ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) override {
+    MOECHECK(check(dev));
+    return transport_->listen(dev, config, handle, listener);
+  }
+  ncclResult_t connector(int dev, const CommConfig& config, const void* handle,
+                         std::unique_ptr<Connector>* connector) override {
+    MOECHECK(check(dev));
+    return transport_->connector(dev, config, handle, connector);
+  }
+
+ private:
+  ncclResult_t check(int dev) const {
+    if (dev >= 0 && dev < nDevices()) return ncclSuccess;
+    return fail(ncclInvalidArgument, "dev is %d, but there are devices 0 to %d", dev, nDevices() - 1);
+  }
+  Stats stats_;
+  std::unique_ptr<Transport> transport_;
+};
+
+} // namespace
+
+ncclResult_t Engine::create(std::unique_ptr<Engine>* engine) {
+  auto fresh = std::make_unique<EngineImpl>();
+  MOECHECK(fresh->open());
+  *engine = std::move(fresh);
+  return ncclSuccess;
+}
+
+} // namespace net
+} // namespace moe
