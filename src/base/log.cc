@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -53,7 +54,11 @@ FILE* openLogFile() {
   return file != nullptr ? file : stdout;
 }
 
+std::atomic<LogSink> logSink{nullptr};
+
 } // namespace
+
+void setLogSink(LogSink sink) { logSink.store(getenv("NCCL_MOE_DEBUG") == nullptr ? sink : nullptr); }
 
 LogLevel logLevel() {
   static const LogLevel level = parseLevel(envOr("NCCL_MOE_DEBUG", "NCCL_DEBUG"));
@@ -68,6 +73,7 @@ void logLine(LogLevel level, const char* file, int line, const char* format, ...
   va_start(args, format);
   vsnprintf(text, sizeof(text), format, args);
   va_end(args);
+  if (LogSink sink = logSink.load()) return sink(level, file, line, text);
   const long tid = syscall(SYS_gettid);
   if (level == LogLevel::warn) {
     const char* base = strrchr(file, '/');

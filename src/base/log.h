@@ -7,6 +7,10 @@ namespace moe {
 enum class LogLevel { none = 0, version = 1, warn = 2, info = 3, trace = 5 };
 
 LogLevel logLevel();
+// Lines go to sink instead, as long as NCCL_MOE_DEBUG is not set; nullptr: not any more.  The plugin passes NCCL's
+// logger on, since both may write to the same file.
+using LogSink = void (*)(LogLevel level, const char* file, int line, const char* text);
+void setLogSink(LogSink sink);
 void logLine(LogLevel level, const char* file, int line, const char* format, ...) __attribute__((format(printf, 4, 5)));
 
 } // namespace moe

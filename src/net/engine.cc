@@ -46,6 +46,7 @@ class EngineImpl : public Engine {
   }
   int nDevices() const override { return static_cast<int>(transport_->devices().size()); }
   const DeviceInfo& device(int dev) const override { return transport_->devices()[dev]; }
+  void writeStats() const override { stats_.write(); }
   ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) override {
     MOECHECK(check(dev));
     return transport_->listen(dev, config, handle, listener);

@@ -75,6 +75,7 @@ class Connection;
 
 struct Request {
   Connection* connection = nullptr;
+  int nSizes = 1; // how many sizes test tells
 };
 
 class Connection {
@@ -128,6 +129,8 @@ class Engine {
   virtual ~Engine() = default;
   virtual int nDevices() const = 0;
   virtual const DeviceInfo& device(int dev) const = 0;
+  // Writes the counters of closed connections to NCCL_MOE_NET_STATS; the destructor does too.
+  virtual void writeStats() const = 0;
   // Writes handleBytes to handle, which the peer passes to connector.
   virtual ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) = 0;
   virtual ncclResult_t connector(int dev, const CommConfig& config, const void* handle,

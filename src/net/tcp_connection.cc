@@ -315,16 +315,21 @@ ncclResult_t TcpConnection::onHeader(const MessageHeader& header) {
   inPayload_ = false;
   sinkUnexpected_ = nullptr;
   switch (header.kind) {
-  case MessageKind::bye: peerSaidBye_ = true; return ncclSuccess;
+  case MessageKind::bye:
+    peerSaidBye_ = true;
+    return ncclSuccess;
   case MessageKind::ack:
     if (header.value > smallSent_ || header.value < smallConsumed_) {
       return broken(ncclRemoteError, "the peer acknowledged messages that were not sent");
     }
     smallConsumed_ = header.value;
     return ncclSuccess;
-  case MessageKind::grant: return onGrant(header);
-  case MessageKind::want: return onWant(header);
-  case MessageKind::signal: return onSignal(header);
+  case MessageKind::grant:
+    return onGrant(header);
+  case MessageKind::want:
+    return onWant(header);
+  case MessageKind::signal:
+    return onSignal(header);
   case MessageKind::put:
     sink_ = target(header.key, header.offset, header.bytes);
     if (sink_ == nullptr) {
@@ -335,7 +340,8 @@ ncclResult_t TcpConnection::onHeader(const MessageHeader& header) {
     discardLeft_ = 0;
     inPayload_ = true;
     return ncclSuccess;
-  case MessageKind::data: break;
+  case MessageKind::data:
+    break;
   }
   inPayload_ = true;
   if (PostedReceives::Entry* entry = posted_.find(header.tag, header.index)) {
@@ -561,7 +567,7 @@ ncclResult_t TcpConnection::irecv(int n, void* const* data, const size_t* bytes,
   MOECHECK(flushOut());
   TcpRequest* r = take(kindReceive);
   if (r == nullptr) return ncclSuccess;
-  r->n = r->open = n;
+  r->n = r->open = r->nSizes = n;
   const uint32_t base = static_cast<uint32_t>(r - requests_.data()) * maxGroup;
   for (int i = 0; i < n; i++) {
     const uint32_t slot = base + static_cast<uint32_t>(i);

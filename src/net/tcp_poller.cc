@@ -21,7 +21,7 @@ namespace {
 IntParam spinUs{"NCCL_MOE_NET_TCP_SPIN_US", 50, 0, 1000000,
                 "microseconds that a TCP helper thread keeps looking for work before it sleeps"};
 
-constexpr size_t sendAtOnce = 1 << 20;   // per visit of a socket, so that sockets take turns
+constexpr size_t sendAtOnce = 1 << 20; // per visit of a socket, so that sockets take turns
 constexpr size_t receiveAtOnce = 1 << 20;
 constexpr double lingerSeconds = 5;
 constexpr double lingerAtExit = 1;
