@@ -132,6 +132,16 @@ bool PciAddress::parse(const std::string& text, PciAddress* out) {
   return true;
 }
 
+bool PciAddress::fromPath(const std::string& path, PciAddress* out) {
+  for (size_t end = path.size(); end != std::string::npos && end > 0;) {
+    const size_t slash = path.rfind('/', end - 1);
+    const size_t begin = slash == std::string::npos ? 0 : slash + 1;
+    if (parse(path.substr(begin, end - begin), out)) return true;
+    end = slash;
+  }
+  return false;
+}
+
 std::string PciAddress::text() const {
   char buffer[32];
   snprintf(buffer, sizeof(buffer), "%04x:%02x:%02x.%x", domain, bus, device, function);

@@ -24,6 +24,8 @@ struct PciAddress {
   uint32_t domain = 0;
   uint8_t bus = 0, device = 0, function = 0;
   static bool parse(const std::string& text, PciAddress* out);
+  // Of a device in sysfs: the last part of the path that is an address (below it there may be virtio2 or the like).
+  static bool fromPath(const std::string& path, PciAddress* out);
   uint64_t key() const { return uint64_t(domain) << 24 | bus << 16 | device << 8 | function; }
   bool operator==(const PciAddress& other) const { return key() == other.key(); }
   bool operator<(const PciAddress& other) const { return key() < other.key(); }

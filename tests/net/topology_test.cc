@@ -461,6 +461,22 @@ TEST(Topology, refusesWhatIsNotATopology) {
   EXPECT_TRUE(topology.gpus().empty());
 }
 
+TEST(PciAddress, isTheLastInAPath) {
+  const std::string port = "/sys/devices/pci0000:00/0000:00:03.0";
+  PciAddress address;
+  for (const std::string& path :
+       {port, port + "/", port + "/virtio2", port + "/virtio2/net/eth0", std::string("00:03.0")}) {
+    address = PciAddress();
+    EXPECT_TRUE(PciAddress::fromPath(path, &address)) << path;
+    EXPECT_EQ(address.text(), "0000:00:03.0") << path;
+  }
+  EXPECT_TRUE(PciAddress::fromPath(port + "/0000:3b:00.1", &address));
+  EXPECT_EQ(address.text(), "0000:3b:00.1");
+  for (const char* path : {"", "/", "//", "eth0", "/sys/devices/virtual/net/lo"}) {
+    EXPECT_FALSE(PciAddress::fromPath(path, &address)) << path;
+  }
+}
+
 TEST(PciAddress, parsesEveryWritingAndNothingElse) {
   EXPECT_EQ(at("0000:3B:00.0").text(), "0000:3b:00.0");
   EXPECT_EQ(at("00000000:3B:00.0").text(), "0000:3b:00.0");
