@@ -1,7 +1,6 @@
 #include "base/socket.h"
 
 #include <arpa/inet.h>
-#include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netdb.h>
@@ -24,14 +23,15 @@ void setTcpOptions(int fd) {
 
 UniqueFd tcpSocket(int family) { return UniqueFd(socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)); }
 
-ncclResult_t startListening(UniqueFd fd, const SocketAddress& address, UniqueFd* listener) {
+UniqueFd startListening(UniqueFd fd, const SocketAddress& address) {
   const int on = 1;
-  SYSCHECK(setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)), "setsockopt(SO_REUSEADDR)");
+  setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)); // or else bind below says what is wrong
   if (bind(fd.get(), address.get(), address.size()) != 0 || listen(fd.get(), kBacklog) != 0) {
-    return fail(ncclSystemError, "cannot listen on %s: %s", address.text().c_str(), strerror(errno));
+    const int error = errno;
+    fd.reset();
+    errno = error;
   }
-  *listener = std::move(fd);
-  return ncclSuccess;
+  return fd;
 }
 
 } // namespace
@@ -104,6 +104,13 @@ SocketAddress SocketAddress::fromBytes(const uint8_t bytes[16], int port) {
   return out;
 }
 
+bool SocketAddress::fromLiteral(const std::string& host, int port, SocketAddress* address) {
+  uint8_t bytes[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+  if (inet_pton(AF_INET, host.c_str(), bytes + 12) != 1 && inet_pton(AF_INET6, host.c_str(), bytes) != 1) return false;
+  *address = fromBytes(bytes, port);
+  return true;
+}
+
 bool splitHostPort(const std::string& text, std::string* host, int* port) {
   const size_t colon = text.rfind(':');
   if (colon == std::string::npos || colon == 0) return false;
@@ -167,34 +174,23 @@ std::vector<SocketAddress> localAddresses() {
   return found;
 }
 
-ncclResult_t setNonBlocking(int fd) {
-  const int flags = fcntl(fd, F_GETFL);
-  SYSCHECK(flags, "fcntl(F_GETFL)");
-  SYSCHECK(fcntl(fd, F_SETFL, flags | O_NONBLOCK), "fcntl(F_SETFL)");
-  return ncclSuccess;
+UniqueFd listenOn(const SocketAddress& address) {
+  UniqueFd fd = tcpSocket(address.storage.ss_family);
+  return fd ? startListening(std::move(fd), address) : std::move(fd);
 }
 
-ncclResult_t listenAnywhere(UniqueFd* listener, int* port) {
+UniqueFd listenAnywhere() {
   SocketAddress any;
   UniqueFd fd = tcpSocket(AF_INET6);
   if (fd) {
     const int off = 0;
-    setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off)); // then IPv6 alone has to do
+    setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off)); // if not, IPv6 alone has to do
     any.storage.ss_family = AF_INET6;                                   // in6addr_any is all zeros
-  } else {
-    fd = tcpSocket(AF_INET); // a machine without IPv6
-    if (!fd) return fail(ncclSystemError, "socket failed: %s", strerror(errno));
-    any.storage.ss_family = AF_INET;
+    fd = startListening(std::move(fd), any);
+    if (fd) return fd;
   }
-  MOECHECK(startListening(std::move(fd), any, listener));
-  *port = localAddress(listener->get()).port();
-  return ncclSuccess;
-}
-
-ncclResult_t listenOn(const SocketAddress& address, UniqueFd* listener) {
-  UniqueFd fd = tcpSocket(address.storage.ss_family);
-  if (!fd) return fail(ncclSystemError, "socket failed: %s", strerror(errno));
-  return startListening(std::move(fd), address, listener);
+  any.storage.ss_family = AF_INET; // a machine without IPv6
+  return listenOn(any);
 }
 
 UniqueFd acceptOne(int listener, SocketAddress* peer) {

@@ -33,6 +33,7 @@ struct SocketAddress {
   // 16 address bytes (IPv4 as ::ffff:a.b.c.d), for messages.
   void toBytes(uint8_t bytes[16]) const;
   static SocketAddress fromBytes(const uint8_t bytes[16], int port);
+  static bool fromLiteral(const std::string& host, int port, SocketAddress* address);
 };
 
 // Splits "HOST:PORT", "[IPV6]:PORT"; the port is 1 to 65535.  False if text is anything else.
@@ -44,11 +45,10 @@ ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAd
 // Addresses of this machine's interfaces that are up, loopback last.
 std::vector<SocketAddress> localAddresses();
 
-ncclResult_t setNonBlocking(int fd);
-
-// A listening socket; on every address of the machine (IPv6 and IPv4 where the machine has both).
-ncclResult_t listenAnywhere(UniqueFd* listener, int* port);
-ncclResult_t listenOn(const SocketAddress& address, UniqueFd* listener);
+// A listening socket, on one address or on every address of the machine (IPv6 and IPv4 where it has both) with a port
+// that the system picks.  Empty, with errno set, if that fails.
+UniqueFd listenOn(const SocketAddress& address);
+UniqueFd listenAnywhere();
 
 // The next pending connection, with its options set; empty if there is none.
 UniqueFd acceptOne(int listener, SocketAddress* peer);
