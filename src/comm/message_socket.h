@@ -33,7 +33,7 @@ class MessageSocket {
  private:
   UniqueFd fd_;
   std::vector<uint8_t> out_;
-  uint8_t headerBytes_[kMessageHeaderBytes];
+  uint8_t headerBytes_[kMessageHeaderBytes] = {};
   size_t headerHas_ = 0;
   MessageHeader header_{};
   std::vector<uint8_t> body_;
