@@ -184,7 +184,8 @@ short Channel::wants() {
 
 void Channel::leave(const Bye& bye) {
   const std::lock_guard<std::mutex> lock(sendMutex_);
-  if (left_ || !socket_) return;
+  const int fd = socket_ ? socket_.get() : setup_.fd();
+  if (left_ || fd < 0) return;
   left_ = true;
   if (sendHeaderLeft_ == 0 && sendLeft_ == 0) { // or else the bye would land inside a message
     const std::vector<uint8_t> body = encodeBye(bye);
@@ -192,9 +193,9 @@ void Channel::leave(const Bye& bye) {
     encodeHeader(MessageHeader{MessageType::bye, static_cast<uint32_t>(body.size())}, message.data());
     message.insert(message.end(), body.begin(), body.end());
     // If the socket is too full for it, the end of the connection has to do.
-    (void)!::send(socket_.get(), message.data(), message.size(), MSG_NOSIGNAL);
+    (void)!::send(fd, message.data(), message.size(), MSG_NOSIGNAL);
   }
-  shutdown(socket_.get(), SHUT_WR);
+  shutdown(fd, SHUT_WR);
 }
 
 } // namespace moe

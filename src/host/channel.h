@@ -37,6 +37,7 @@ class Channel {
   bool flushed();
   // What to poll for: fd, and events; 0 while there is nothing to wait for.
   int fd() const { return socket_.get(); }
+  int setupFd() const { return setup_.fd(); } // readable when setUp() can go on
   short wants();
 
   // The peer will send nothing more than what is in the ring already.
