@@ -168,7 +168,9 @@ std::vector<SocketAddress> localAddresses() {
     found.push_back(address);
   }
   std::stable_sort(found.begin(), found.end(), [](const SocketAddress& a, const SocketAddress& b) {
-    const auto order = [](const SocketAddress& s) { return (s.isLoopback() ? 2 : 0) + (s.storage.ss_family == AF_INET6); };
+    const auto order = [](const SocketAddress& s) {
+      return (s.isLoopback() ? 2 : 0) + (s.storage.ss_family == AF_INET6);
+    };
     return order(a) < order(b);
   });
   return found;

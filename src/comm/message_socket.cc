@@ -35,7 +35,8 @@ MessageSocket::Got MessageSocket::receive(MessageType expected, MessageType orEl
     (inHeader ? headerHas_ : bodyHas_) += static_cast<size_t>(n);
     if (inHeader && headerHas_ == kMessageHeaderBytes) {
       const Parse parsed = parseHeader(headerBytes_, kMessageHeaderBytes, &header_);
-      reason_ = parsed == Parse::wrongVersion ? "speaks another version of the protocol" : "does not speak the protocol";
+      reason_ =
+        parsed == Parse::wrongVersion ? "speaks another version of the protocol" : "does not speak the protocol";
       if (parsed != Parse::ok || (header_.type != expected && header_.type != orElse)) return Got::garbage;
       body_.resize(header_.length);
     }

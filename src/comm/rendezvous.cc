@@ -46,7 +46,8 @@ ncclResult_t parseRendezvous(const char* text, Rendezvous* rendezvous) {
       return ncclSuccess;
     }
   }
-  return fail(ncclInvalidArgument, "ncclMoeCommInitHost: rendezvous \"%s\" is not tcp://HOST:PORT or file:///PATH", text);
+  return fail(ncclInvalidArgument, "ncclMoeCommInitHost: rendezvous \"%s\" is not tcp://HOST:PORT or file:///PATH",
+              text);
 }
 
 std::string formatRendezvousFile(const RendezvousFile& file) {

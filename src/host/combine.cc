@@ -32,7 +32,8 @@ class CombineOp final : public Op {
     value_[vWeights] = hasRows ? args.weights != nullptr : kAny;
     value_[vGrads] = args.withGradWeights;
     if (hasRows && args.x == nullptr) mine_ = Verdict{Verdict::missing, tX, 0, 0, 0, 0, 0};
-    if (hasRows && grads_ && args.gradWeights == nullptr) mine_ = Verdict{Verdict::missing, tGradWeights, 0, 0, 0, 0, 0};
+    if (hasRows && grads_ && args.gradWeights == nullptr)
+      mine_ = Verdict{Verdict::missing, tGradWeights, 0, 0, 0, 0, 0};
   }
 
  protected:
@@ -54,7 +55,9 @@ class CombineOp final : public Op {
   const void* reduce(int64_t i, void* to) const;
   // Row in x of selection k of row i (in the order of dispatch).
   int64_t rowAt(int64_t i, int k) const { return rankMajor_ ? i : recv_.group(recv_.ids(i)[k]) + recv_.slots(i)[k]; }
-  const uint8_t* x(int64_t row) const { return static_cast<const uint8_t*>(args_.x) + static_cast<size_t>(row) * rowBytes_; }
+  const uint8_t* x(int64_t row) const {
+    return static_cast<const uint8_t*>(args_.x) + static_cast<size_t>(row) * rowBytes_;
+  }
   float grad(int64_t i, int k) const {
     if (recv_.ids(i)[k] < 0) return 0.0f;
     return args_.gradWeights[rankMajor_ ? i * topK_ + k : rowAt(i, k)];
@@ -69,7 +72,7 @@ class CombineOp final : public Op {
   const bool rankMajor_, exact_, grads_;
   const size_t rowBytes_;
   WireRow wire_{};
-  std::vector<int64_t> made_;      // [R] rows of each owner reduced and sent
+  std::vector<int64_t> made_;       // [R] rows of each owner reduced and sent
   std::vector<int> madeSelections_; // [R] EXACT: position in the next row from which selections have still to be sent
   int nextToken_ = 0;
   std::vector<int64_t> taken_; // [R] rows taken from each rank's stream
@@ -82,7 +85,8 @@ ncclResult_t CombineOp::moveRows(bool* progress, bool* finished) {
     for (int i = 0; i < kBurst && rowsLeftTo(r) && (exact_ ? makeExact(r) : makeRow(r)); i++) *progress = true;
     *finished &= !rowsLeftTo(r);
   }
-  for (int i = 0; i < kBurst && nextToken_ < send_.nTokens() && (exact_ ? takeExact() : takeToken()); i++) *progress = true;
+  for (int i = 0; i < kBurst && nextToken_ < send_.nTokens() && (exact_ ? takeExact() : takeToken()); i++)
+    *progress = true;
   *finished &= nextToken_ == send_.nTokens();
   return ncclSuccess;
 }
@@ -180,9 +184,9 @@ bool CombineOp::takeExact() {
   size_t bytes[NCCL_MOE_MAX_TOPK];
   for (int i = 0; i < nDests; i++) {
     if (dests[i] == host_.rank()) continue;
-    bytes[i] = static_cast<size_t>(std::count_if(homes, homes + topK_, [&](const ExpertHome& home) {
-                 return home.rank == dests[i];
-               })) * wire_.stride;
+    bytes[i] = static_cast<size_t>(
+                 std::count_if(homes, homes + topK_, [&](const ExpertHome& home) { return home.rank == dests[i]; })) *
+               wire_.stride;
     next[i] = host_.channel(dests[i]).in().peek(bytes[i]);
     if (next[i] == nullptr) return false;
   }

@@ -20,7 +20,8 @@ class DispatchOp final : public Op {
     : Op(host, OpKind::dispatch, "ncclMoeDispatch"), args_(args), routing_(routing), topK_(routing.topK),
       sentRows_(host.nRanks(), 0) {
     nTokens_ = args.nTokensDev != nullptr ? std::clamp(*args.nTokensDev, 0, args.nTokens) : args.nTokens;
-    scaleBytes_ = args.quant != ncclMoeQuantNone ? NCCL_MOE_QUANT_SCALE_BYTES(args.quant, args.hidden) : args.scaleBytes;
+    scaleBytes_ =
+      args.quant != ncclMoeQuantNone ? NCCL_MOE_QUANT_SCALE_BYTES(args.quant, args.hidden) : args.scaleBytes;
     payloadBytes_ = static_cast<size_t>(args.hidden) * (args.quant != ncclMoeQuantNone ? 1 : typeBytes(args.type));
     value_[vRouting] = routing.id;
     value_[vHidden] = args.hidden;
@@ -157,8 +158,9 @@ bool DispatchOp::sendToken() {
   }
   const size_t wideRow = static_cast<size_t>(args_.hidden) * typeBytes(args_.type);
   const uint8_t* row = static_cast<const uint8_t*>(args_.x) + static_cast<size_t>(t) * wideRow;
-  const uint8_t* scales =
-    args_.scales != nullptr ? static_cast<const uint8_t*>(args_.scales) + static_cast<size_t>(t) * scaleBytes_ : nullptr;
+  const uint8_t* scales = args_.scales != nullptr
+                            ? static_cast<const uint8_t*>(args_.scales) + static_cast<size_t>(t) * scaleBytes_
+                            : nullptr;
   const float* weights = wire_.nWeights > 0 ? args_.topkWeights + static_cast<size_t>(t) * topK_ : nullptr;
   if (args_.quant != ncclMoeQuantNone && nDests > 0) {
     // Cast once, straight into the first ring if there is one.
@@ -189,7 +191,8 @@ bool DispatchOp::sendToken() {
 }
 
 // Puts a row where it belongs.  False if it contradicts its source's counts; then nothing was written.
-bool DispatchOp::place(int source, const int32_t* ids, const uint8_t* row, const uint8_t* scales, const float* weights) {
+bool DispatchOp::place(int source, const int32_t* ids, const uint8_t* row, const uint8_t* scales,
+                       const float* weights) {
   RecvPlan& recv = routing_.recv;
   const int64_t at = recv.rowBase(source) + recv.placed(source);
   if (!recv.place(source, ids)) return false;
@@ -197,7 +200,8 @@ bool DispatchOp::place(int source, const int32_t* ids, const uint8_t* row, const
   if (routing_.layout == ncclMoeLayoutRankMajor) {
     copyRow(out + static_cast<size_t>(at) * payloadBytes_, row, payloadBytes_, streaming_);
     if (scaleBytes_ > 0) placeScales(at, 0, at, scales);
-    if (args_.recvTopkIdx != nullptr) memcpy(args_.recvTopkIdx + at * topK_, ids, static_cast<size_t>(topK_) * sizeof(int));
+    if (args_.recvTopkIdx != nullptr)
+      memcpy(args_.recvTopkIdx + at * topK_, ids, static_cast<size_t>(topK_) * sizeof(int));
     if (args_.recvWeights != nullptr && weights != nullptr) {
       for (int k = 0; k < topK_; k++) args_.recvWeights[at * topK_ + k] = ids[k] >= 0 ? weights[k] : 0.0f;
     }

@@ -271,7 +271,8 @@ ncclResult_t HostBackend::checkPeers() {
   }
   if (lost < 0) return ncclSuccess;
   char where[96];
-  snprintf(where, sizeof(where), "%s (call %" PRIu64 ", %s): rank %d ", op.function(), op.sequence(), op.phaseName(), lost);
+  snprintf(where, sizeof(where), "%s (call %" PRIu64 ", %s): rank %d ", op.function(), op.sequence(), op.phaseName(),
+           lost);
   return die(ncclRemoteError, where + channels_[lost]->epitaph(), ByeReason::failed);
 }
 
@@ -312,7 +313,8 @@ ncclResult_t HostBackend::routingCreate(ncclMoeRouting& routing) {
   MOECHECK(routingMemoryNeeded(c, &state->bytes));
   MOECHECK(run(std::make_unique<AgreeOp>(
     *this, OpKind::routingCreate, "ncclMoeRoutingCreate",
-    std::initializer_list<int64_t>{c.topK, c.maxTokens, c.layout, c.expertAlignment, c.hostCounts}, made == ncclSuccess)));
+    std::initializer_list<int64_t>{c.topK, c.maxTokens, c.layout, c.expertAlignment, c.hostCounts},
+    made == ncclSuccess)));
   routingsMade_++;
   routingBytes_ += state->bytes;
   routing.state = std::move(state);

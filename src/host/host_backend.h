@@ -98,7 +98,7 @@ class HostBackend final : public Backend {
   const int nRanks_;
   const size_t ringBytes_;
   size_t streamBytes_;
-  bool spins_ = false; // every rank of this host has a core
+  bool spins_ = false;                             // every rank of this host has a core
   std::vector<int> firstLocal_;                    // [R] experts of lower ranks
   std::vector<std::unique_ptr<Channel>> channels_; // [R]; none to itself
   std::vector<uint8_t> scratch_;

@@ -123,8 +123,7 @@ ncclResult_t Op::exchangeHeaders(bool* progress) {
       if (!fixed && header.nCounts == 0) break;
       auto* to = fixed ? reinterpret_cast<uint8_t*>(&header) + has
                        : reinterpret_cast<uint8_t*>(countsOf(r)) + (has - sizeof(OpHeader));
-      const size_t whole =
-        sizeof(OpHeader) + (fixed ? 0 : static_cast<size_t>(header.nCounts) * sizeof(int32_t));
+      const size_t whole = sizeof(OpHeader) + (fixed ? 0 : static_cast<size_t>(header.nCounts) * sizeof(int32_t));
       if (has == whole) break;
       const size_t got = channel.in().read(to, whole - has);
       received_[r] += got;
@@ -155,7 +154,8 @@ ncclResult_t Op::exchangeVerdicts(bool* progress) {
   for (int r = 0; r < host_.nRanks(); r++) {
     if (r == host_.rank()) continue;
     Channel& channel = host_.channel(r);
-    const size_t wrote = channel.out().write(reinterpret_cast<const uint8_t*>(&mine_) + sent_[r], sizeof(Verdict) - sent_[r]);
+    const size_t wrote =
+      channel.out().write(reinterpret_cast<const uint8_t*>(&mine_) + sent_[r], sizeof(Verdict) - sent_[r]);
     const size_t got =
       channel.in().read(reinterpret_cast<uint8_t*>(&verdicts_[r]) + received_[r], sizeof(Verdict) - received_[r]);
     sent_[r] += wrote;
@@ -190,7 +190,8 @@ int64_t Op::agreed(int field) const {
 }
 
 void Op::resolve() {
-  const auto bad = std::find_if(verdicts_.begin(), verdicts_.end(), [](const Verdict& v) { return v.kind != Verdict::ok; });
+  const auto bad =
+    std::find_if(verdicts_.begin(), verdicts_.end(), [](const Verdict& v) { return v.kind != Verdict::ok; });
   if (bad == verdicts_.end()) {
     begin();
     phase_ = Phase::rows;
@@ -202,7 +203,7 @@ void Op::resolve() {
 
 Outcome Op::judgement(int rank, const Verdict& verdict) const {
   const bool argument = verdict.kind == Verdict::badSelection || verdict.kind == Verdict::missing;
-  const ncclResult_t result = argument                             ? ncclInvalidArgument
+  const ncclResult_t result = argument                            ? ncclInvalidArgument
                               : verdict.kind == Verdict::noMemory ? ncclSystemError
                                                                   : ncclInvalidUsage;
   return Outcome{result, describe(rank, verdict)};
@@ -221,8 +222,8 @@ std::string Op::describe(int rank, const Verdict& v) const {
     return start + format("rank %d calls %s while rank %d calls %s", rank, kindName(v.a), v.other, kindName(v.b));
   case Verdict::differs: {
     const char* name = opValueName(kind_, v.field);
-    return start + format("%s differs: %" PRId64 " on rank %d, %" PRId64 " on rank %d", name != nullptr ? name : "?", v.a,
-                          rank, v.b, v.other);
+    return start + format("%s differs: %" PRId64 " on rank %d, %" PRId64 " on rank %d", name != nullptr ? name : "?",
+                          v.a, rank, v.b, v.other);
   }
   case Verdict::badSelection:
     return start + format("args.topkIdx on rank %d: token %" PRId64 ", position %" PRId64 ": %" PRId64 " %s", rank, v.a,

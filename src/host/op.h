@@ -2,7 +2,8 @@
 //
 // Every call goes through the same steps, all over the channels' rings, in which calls follow each other:
 //   1. headers   each rank tells every other what it calls, with which arguments, and what it will send it
-//   2. verdicts  each rank tells every other whether all headers agree with its own and suit it; any verdict that is not
+//   2. verdicts  each rank tells every other whether all headers agree with its own and suit it; any verdict that is
+//   not
 //                ok ends the call on every rank with the same sentence, and leaves the communicator usable
 //   3. rows      whatever the call moves; who sends how much to whom is known from the headers
 //   4. flush     between hosts, until the sockets have taken everything
@@ -33,7 +34,18 @@ struct OpHeader {
 constexpr int64_t kAny = INT64_MIN;
 
 struct Verdict {
-  enum Kind : int32_t { ok, wrongCall, differs, badSelection, capacity, tooManyRows, implausible, tokens, missing, noMemory };
+  enum Kind : int32_t {
+    ok,
+    wrongCall,
+    differs,
+    badSelection,
+    capacity,
+    tooManyRows,
+    implausible,
+    tokens,
+    missing,
+    noMemory
+  };
   int32_t kind;
   int32_t field;  // differs, missing: index of the value or tensor
   int32_t other;  // the rank that differs
@@ -120,13 +132,13 @@ class Op {
   Phase phase_ = Phase::prepare;
   Outcome outcome_;
   Outcome* report_ = nullptr;
-  std::vector<uint8_t> out_;       // all headers
-  std::vector<size_t> outAt_;      // [R + 1] where each begins
-  std::vector<size_t> sent_;       // [R] bytes of this phase
-  std::vector<size_t> received_;   // [R]
-  std::vector<OpHeader> headers_;  // [R]
-  std::vector<int32_t> counts_;    // [R, countsFrom()], and room for the counts of a call that this is not
-  std::vector<Verdict> verdicts_;  // [R]
+  std::vector<uint8_t> out_;      // all headers
+  std::vector<size_t> outAt_;     // [R + 1] where each begins
+  std::vector<size_t> sent_;      // [R] bytes of this phase
+  std::vector<size_t> received_;  // [R]
+  std::vector<OpHeader> headers_; // [R]
+  std::vector<int32_t> counts_;   // [R, countsFrom()], and room for the counts of a call that this is not
+  std::vector<Verdict> verdicts_; // [R]
 };
 
 // "config.topK" and the like: what value[field] of a kind of call is; nullptr past the last.

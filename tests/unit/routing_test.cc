@@ -78,7 +78,8 @@ TEST(Routing, SendAndReceivePlansAgreeWithTheDefinition) {
       ASSERT_EQ(send[r].allocate(c.nRanks, c.nExperts, c.maxTokens, c.topK), ncclSuccess);
       const int nTokens = static_cast<int>(c.topk[r].size()) / c.topK;
       BadSelection bad{};
-      ASSERT_TRUE(send[r].build(TopkView{c.topk[r].data(), true, c.topK}, nTokens, placement, c.firstLocal.data(), &bad));
+      ASSERT_TRUE(
+        send[r].build(TopkView{c.topk[r].data(), true, c.topK}, nTokens, placement, c.firstLocal.data(), &bad));
       for (int t = 0; t < nTokens; t++) {
         std::set<int> ranks;
         for (int k = 0; k < c.topK; k++) {
@@ -142,7 +143,9 @@ TEST(Routing, SendAndReceivePlansAgreeWithTheDefinition) {
           group += layout == ncclMoeLayoutExpertPadded ? c.nRanks * c.maxTokens
                                                        : (used[l] + alignment - 1) / alignment * alignment;
         }
-        EXPECT_EQ(plan.nRows(), layout == ncclMoeLayoutRankMajor ? row : layout == ncclMoeLayoutExpertMajor ? group : sum);
+        EXPECT_EQ(plan.nRows(), layout == ncclMoeLayoutRankMajor     ? row
+                                : layout == ncclMoeLayoutExpertMajor ? group
+                                                                     : sum);
       }
     }
   }

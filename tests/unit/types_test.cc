@@ -41,7 +41,8 @@ std::vector<float> interestingFloats(const std::vector<double>& values) {
   std::vector<float> out;
   for (size_t i = 0; i + 1 < values.size(); i++) {
     const float middle = static_cast<float>((values[i] + values[i + 1]) / 2); // exact
-    for (const float f : {static_cast<float>(values[i]), middle, std::nextafterf(middle, 0), std::nextafterf(middle, kInf)})
+    for (const float f :
+         {static_cast<float>(values[i]), middle, std::nextafterf(middle, 0), std::nextafterf(middle, kInf)})
       out.push_back(f);
   }
   std::mt19937 random(1);
