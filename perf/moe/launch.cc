@@ -250,6 +250,9 @@ int launch(const Options& options) {
     perfFail(ncclInvalidArgument, "-r times -g is %d ranks; %d are possible", nRanks, NCCL_MOE_MAX_RANKS);
     return complain("moe_perf", -1);
   }
+  std::unique_ptr<RoutingSource> source; // so that what is wrong with a file is said once, not by every rank
+  if (makeRoutingSource(options, nRanks, &source) != ncclSuccess) return complain("moe_perf", -1);
+  source.reset();
   RendezvousDirectory directory;
   GroupMemoryPtr memory;
   if (directory.make() != ncclSuccess || makeGroupMemory(nRanks, &memory) != ncclSuccess)

@@ -30,6 +30,15 @@ void printMeasurement(const Measurement& m) {
          wrongText(m.wrong).c_str());
 }
 
+void printHeading(const char* first, const char* second, const char* const (&columns)[7]) {
+  printf("# %8s %9s", first, second);
+  for (int collective = 0; collective < 2; collective++) {
+    printf("  %11s %10s %8s %8s %6s %6s %7s", columns[0], columns[1], columns[2], columns[3], columns[4], columns[5],
+           columns[6]);
+  }
+  printf("\n");
+}
+
 nlohmann::json toJson(const Measurement& m) {
   nlohmann::json j = {{"time_us", m.us},           {"time_us_min", m.usMin},  {"time_us_max", m.usMax},
                       {"wire_bytes", m.wireBytes}, {"all_bytes", m.allBytes}, {"wire_gbps", m.wireRate()},
@@ -105,12 +114,12 @@ void Report::header() {
     "#           combine reads, the rank's own too\n"
     "# #wrong    elements of any output that differ from what the seed says, or should not have been written\n#\n",
     o_.topK, s.exact ? " and selection" : "", info_.backend == "host" ? "memcpy rows" : "push rows to random peers");
-  const char* columns = "       wire B       time   wire BW roofline  ratio    all  #wrong";
-  printf("# %8s %9s  %-63s  %s\n", "", "", "------------------------- dispatch -------------------------",
-         "-------------------------- combine --------------------------");
-  printf("# %8s %9s%s%s\n", "tokens", "rows", columns, columns);
-  printf("# %8s %9s  %11s %10s %8s %8s %6s %6s %7s  %11s %10s %8s %8s %6s %6s %7s\n", "", "", "(B)", "(us)", "(GB/s)",
-         "(GB/s)", "", "", "", "(B)", "(us)", "(GB/s)", "(GB/s)", "", "", "");
+  printf("# %8s %9s  %-62s  %s\n", "", "", "--------------------------- dispatch -------------------------",
+         "--------------------------- combine --------------------------");
+  const char* names[] = {"wire B", "time", "wire BW", "roofline", "ratio", "all", "#wrong"};
+  const char* units[] = {"(B)", "(us)", "(GB/s)", "(GB/s)", "", "", ""};
+  printHeading("tokens", "rows", names);
+  printHeading("", "", units);
   fflush(stdout);
 }
 
