@@ -236,6 +236,7 @@ int postRecv(ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad);
 
 // Faults.  faultAt returns the errno that this call of the named verb shall fail with, or 0.
 bool faultsParse(const char* script, std::string* error);
+bool faultsAny(); // without the lock
 int faultAt(const char* point, const ibv_context* context);
 ibv_wc_status faultStatus(ibv_wc_status status, const char* point, const ibv_context* context);
 

@@ -1,7 +1,8 @@
 // Scripted faults.  A script is a list of rules separated by ';':
 //
 //   POINT[@DEVICE]#N[+]=ACTION     at the Nth call of POINT (with '+': at this and every later one)
-//   now[@DEVICE]=ACTION            at once (for fakeverbs_inject)
+//   now[@DEVICE]=ACTION            at once, and
+//   clear                          forgets the rules so far: both for fakeverbs_inject
 //
 // POINT is a verb without its prefix (create_qp, reg_mr, post_send, poll_cq, modify_qp, ...), or wc, wc.send, wc.recv:
 // the Nth completion.  ACTION is
@@ -26,6 +27,8 @@ struct Rule {
   long nth = 0, calls = 0;
   bool onwards = false;
 };
+
+std::atomic<bool> anyRules{false};
 
 std::vector<Rule>& rules() {
   static auto* list = std::make_unique<std::vector<Rule>>().release(); // outlives the engine thread
@@ -122,6 +125,11 @@ bool faultsParse(const char* script, std::string* error) {
     std::string item = text.substr(pos, end - pos);
     pos = end + 1;
     if (item.empty()) continue;
+    if (item == "clear") {
+      rules().clear();
+      anyRules = false;
+      continue;
+    }
     *error = "bad fault rule '" + item + "'";
     size_t eq = item.find('=');
     if (eq == std::string::npos) return false;
@@ -147,17 +155,19 @@ bool faultsParse(const char* script, std::string* error) {
     } else {
       if (rule.nth < 1) return false;
       rules().push_back(rule);
+      anyRules = true;
     }
   }
   error->clear();
   return true;
 }
 
+bool faultsAny() { return anyRules.load(std::memory_order_relaxed); }
+
 int faultAt(const char* point, const ibv_context* context) {
   if (rules().empty() || state().devices.empty()) return 0;
   Device& dev = context != nullptr ? *static_cast<Device*>(context->device) : *state().devices[0];
   int result = 0;
-  // By index: an action may not add rules, but keep the loop safe against it.
   for (size_t i = 0; i < rules().size(); i++) {
     Rule& rule = rules()[i];
     if (rule.point != point || (!rule.device.empty() && rule.device != dev.name)) continue;
