@@ -14,7 +14,13 @@
 //   FAKEVERBS_FAULTS   scripted faults: faults.cc                          FAKEVERBS_REPORT  file: see report()
 #pragma once
 
+#pragma GCC visibility push(default)
 #include <infiniband/verbs.h>
+extern "C" {
+int fakeverbs_inject(const char* script);
+void fakeverbs_live(int* contexts, int* pds, int* mrs, int* cqs, int* qps);
+}
+#pragma GCC visibility pop
 #undef ibv_query_port
 #undef ibv_reg_mr
 #undef ibv_reg_mr_iova

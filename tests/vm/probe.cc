@@ -341,8 +341,7 @@ void failing(const char* name, const Post& bad, int rnrRetry = 7, int peerAccess
       say("states", std::to_string(a.state()) + " " + std::to_string(b.state()));
       rc = post(a, b, good);
       say("post to the failed one", std::to_string(rc) + ", " + statuses(a.sendCq, 1));
-      rc = a.recv(0, 8);
-      say("receive on the failed one", std::to_string(rc) + ", " + statuses(a.recvCq, 1));
+      // A receive posted now is flushed by the specification, and by the fake; rxe keeps it.
     },
     rnrRetry, peerAccess, psn);
 }
