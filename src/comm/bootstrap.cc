@@ -175,9 +175,9 @@ ncclResult_t refuseAll(std::vector<Joined>& joined, const std::string& sentence)
   return fail(ncclRemoteError, "ncclMoeCommInitHost: %s", sentence.c_str());
 }
 
-// A client that has the token: joins, or is refused.
+// A client that has the token: joins, or is refused and told why.
 void admit(const Job& job, MessageSocket socket, const Hello& hello, const SocketAddress& from,
-           std::vector<Joined>& joined) {
+           std::vector<Joined>& joined, std::string* refusal) {
   std::string why;
   if (hello.nRanks != job.nRanks) {
     why = "nRanks differs: " + std::to_string(job.nRanks) + " on rank 0, " + std::to_string(hello.nRanks) +
@@ -187,6 +187,7 @@ void admit(const Job& job, MessageSocket socket, const Hello& hello, const Socke
   }
   if (!why.empty()) {
     MOE_WARN("bootstrap: refused %s: %s", from.text().c_str(), why.c_str());
+    *refusal = "; refused: " + why;
     socket.queue(MessageType::refuse, encodeText(why));
     socket.send(); // a fresh connection takes so little at once
     return;
@@ -257,6 +258,7 @@ ncclResult_t gather(Job& job, std::vector<BootstrapPeer>* peers) {
   PublishedFile published;
   MOECHECK(openDoors(job, &doorman, &job.hello.token, &published));
   std::vector<Joined> joined(job.nRanks);
+  std::string refusal; // the last one: it may be why a rank is missing
   for (;;) {
     std::vector<int> missing;
     for (int r = 1; r < job.nRanks; r++) {
@@ -274,7 +276,7 @@ ncclResult_t gather(Job& job, std::vector<BootstrapPeer>* peers) {
     }
     ::poll(set.data(), set.size(), millisUntil(job.deadline, 200));
     doorman.serve(job.hello.token, [&](MessageSocket socket, const Hello& hello, const SocketAddress& from) {
-      admit(job, std::move(socket), hello, from, joined);
+      admit(job, std::move(socket), hello, from, joined, &refusal);
     });
     watchMembers(joined);
   }

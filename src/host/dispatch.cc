@@ -12,7 +12,7 @@ namespace {
 constexpr int kBurst = 16; // rows sent before the loop turns to receiving
 
 // What a dispatch's headers say; the names are in op.cc.
-enum Value { vRouting, vHidden, vType, vQuant, vScaleBytes, vFlags, vWeights };
+enum Value { vRouting, vQuant, vType, vHidden, vScaleBytes, vFlags, vWeights };
 
 class DispatchOp final : public Op {
  public:

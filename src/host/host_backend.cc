@@ -281,7 +281,7 @@ ncclResult_t HostBackend::timedOut() {
   std::string ranks;
   int named = 0;
   for (int r = 0; r < nRanks_; r++) {
-    if (r == rank_ || (channels_[r]->in().fill() >= op.needsFrom(r) && !op.needsTo(r))) continue;
+    if (r == rank_ || !op.waitsFor(r)) continue;
     if (++named <= 8) ranks += (named > 1 ? ", " : "") + std::to_string(r);
   }
   if (named > 8) ranks += " and " + std::to_string(named - 8) + " others";

@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kValueNames[][kOpValues] = {
   {},
   {"config.topK", "config.maxTokens", "config.layout", "config.expertAlignment", "config.hostCounts"},
-  {"routing", "args.hidden", "args.type", "args.quant", "args.scaleBytes", "args.flags", "args.topkWeights"},
+  {"routing", "args.quant", "args.type", "args.hidden", "args.scaleBytes", "args.flags", "args.topkWeights"},
   {"routing", "args.hidden", "args.type", "args.flags", "args.weights", "args.withGradWeights"},
   {"bytes"},
   {"ptr"},
@@ -279,6 +279,12 @@ bool Op::needsTo(int peer) const {
   default:
     return false;
   }
+}
+
+bool Op::waitsFor(int peer) const {
+  const bool onlyVerdictLeft = phase_ == Phase::headers && needsFrom(peer) == sizeof(Verdict);
+  return (needsFrom(peer) > 0 && !onlyVerdictLeft) || (phase_ == Phase::rows && rowsLeftTo(peer)) ||
+         !host_.channel(peer).flushed();
 }
 
 const char* Op::phaseName() const {

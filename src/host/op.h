@@ -79,6 +79,8 @@ class Op {
   // Bytes that are still to come from a peer, as far as is known, and whether something must still go to it.
   size_t needsFrom(int peer) const;
   bool needsTo(int peer) const;
+  // Whether the step at hand waits for a peer.
+  bool waitsFor(int peer) const;
   const char* function() const { return function_; }
   const char* phaseName() const;
   uint64_t sequence() const { return sequence_; }
