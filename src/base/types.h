@@ -1,7 +1,7 @@
 // Number formats of rows, and the scales of the fused FP8 cast.  Written once for host and device: both give the same
 // bits.  Every conversion to a narrower type rounds to nearest even.
 //
-// All functions are free of branches on data, so that loops over them vectorise.
+// No floating-point operation depends on a condition, so that loops over these functions vectorise.
 #pragma once
 
 #include <cstdint>
@@ -37,42 +37,44 @@ MOE_HD float fp16ToFloat(uint16_t value) {
   const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
   const uint32_t magnitude = value & 0x7fff;
   // The exponent is rebased by an exact multiplication, which is right for subnormals too.
-  const float finite = bitsFloat(magnitude << 13) * 0x1p112f;
-  const uint32_t special = 0x7f800000 | (magnitude << 13); // infinity and NaNs
-  return bitsFloat(sign | (magnitude >= 0x7c00 ? special : floatBits(finite)));
+  const uint32_t finite = floatBits(bitsFloat(magnitude << 13) * 0x1p112f);
+  return bitsFloat(sign | finite | (magnitude >= 0x7c00 ? 0x7f800000 : 0));
+}
+
+// Rounds a finite magnitude to a float with that many mantissa bits and the given smallest exponent (biased as FP32's),
+// and returns its code.  Adding a power of two whose last place is the last place of the result makes the FPU round.
+MOE_HD uint32_t roundMagnitude(uint32_t magnitude, uint32_t mantissaBits, uint32_t minExponent) {
+  const uint32_t own = magnitude >> 23;
+  const uint32_t exponent = own > minExponent ? own : minExponent;
+  const uint32_t magic = (exponent + 23 - mantissaBits) << 23;
+  const uint32_t places = floatBits(bitsFloat(magnitude) + bitsFloat(magic)) - magic;
+  return ((exponent - minExponent) << mantissaBits) + places;
 }
 
 // NaNs become 0x7fff, as CUDA's conversion makes them.
 MOE_HD uint16_t floatToFp16(float value) {
   const uint32_t bits = floatBits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  // Below 2^-14, adding 0.5 (whose last place is 2^-24) makes the FPU round to a multiple of the smallest subnormal.
-  const uint32_t subnormal = floatBits(bitsFloat(magnitude) + 0.5f) - 0x3f000000;
-  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  const uint32_t withInf = magnitude >= 0x477ff000 ? 0x7c00 : finite; // 65520 and more round to infinity
-  return static_cast<uint16_t>(magnitude > 0x7f800000 ? 0x7fff : (sign | withInf));
+  const uint32_t bounded = magnitude < 0x47800000 ? magnitude : 0x47800000; // 2^16 has the code of infinity
+  const uint32_t sign = magnitude > 0x7f800000 ? 0 : (bits >> 16) & 0x8000;
+  const uint32_t nan = magnitude > 0x7f800000 ? 0x7fff : 0;
+  return static_cast<uint16_t>(sign | roundMagnitude(bounded, 10, 113) | nan);
 }
 
 MOE_HD float e4m3ToFloat(uint8_t value) {
   const uint32_t sign = static_cast<uint32_t>(value & 0x80) << 24;
   const uint32_t magnitude = value & 0x7f;
-  const float finite = bitsFloat(magnitude << 20) * 0x1p120f;
-  return bitsFloat(sign | (magnitude == 0x7f ? 0x7fc00000 : floatBits(finite)));
+  const uint32_t finite = floatBits(bitsFloat(magnitude << 20) * 0x1p120f);
+  return bitsFloat(sign | finite | (magnitude == 0x7f ? 0x7fc00000 : 0));
 }
 
 // Saturates to +-448, infinities too; a NaN keeps its sign.
 MOE_HD uint8_t floatToE4m3(float value) {
   const uint32_t bits = floatBits(value);
-  const uint32_t sign = (bits >> 24) & 0x80;
   const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude + 0x7ffff + ((magnitude >> 20) & 1) - (120u << 23)) >> 20;
-  // As in floatToFp16: the last place of 16384 is 2^-9, the smallest subnormal.
-  const uint32_t subnormal = floatBits(bitsFloat(magnitude) + 16384.0f) - 0x46800000;
-  const uint32_t finite = magnitude < 0x3c800000 ? subnormal : normal;
-  const uint32_t saturated = magnitude >= 0x43e00000 ? 0x7e : finite;
-  return static_cast<uint8_t>(sign | (magnitude > 0x7f800000 ? 0x7f : saturated));
+  const uint32_t bounded = magnitude < 0x43e00000 ? magnitude : 0x43e00000; // 448
+  const uint32_t nan = magnitude > 0x7f800000 ? 0x7f : 0;
+  return static_cast<uint8_t>(((bits >> 24) & 0x80) | roundMagnitude(bounded, 3, 121) | nan);
 }
 
 // ------------------------------------------------------------------------------------------ scales of the FP8 cast --

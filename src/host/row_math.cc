@@ -67,17 +67,18 @@ MOE_INLINE void sumAny(ncclDataType_t type, size_t n, const void* const* rows, c
   return sumLoop<Fp32>(n, rows, weights, nRows, out);
 }
 
-MOE_INLINE void castLoop(ncclMoeQuant_t quant, const uint16_t* x, int hidden, uint8_t* out, uint8_t* scales) {
+MOE_INLINE void castLoop(ncclMoeQuant_t quant, const uint16_t* __restrict x, int hidden, uint8_t* __restrict out,
+                         uint8_t* __restrict scales) {
   int block = 0;
   for (int at = 0; at < hidden; at += NCCL_MOE_SCALE_BLOCK, block++) {
     const int m = std::min(NCCL_MOE_SCALE_BLOCK, hidden - at);
-    uint16_t largest = 0; // magnitudes of BF16 are ordered as their bits
+    int largest = 0; // magnitudes of BF16 are ordered as their bits
     for (int i = 0; i < m; i++) {
-      const uint16_t magnitude = x[at + i] & 0x7fff;
-      const uint16_t counted = magnitude > 0x7f80 ? 0 : magnitude;
+      const int magnitude = x[at + i] & 0x7fff;
+      const int counted = magnitude > 0x7f80 ? 0 : magnitude;
       largest = largest > counted ? largest : counted;
     }
-    const float amax = blockMax(kMinBlockMax, bf16ToFloat(largest));
+    const float amax = blockMax(kMinBlockMax, bf16ToFloat(static_cast<uint16_t>(largest)));
     BlockScale scale;
     if (quant == ncclMoeQuantFp8) {
       scale = blockScaleFp32(amax);
@@ -86,7 +87,8 @@ MOE_INLINE void castLoop(ncclMoeQuant_t quant, const uint16_t* x, int hidden, ui
       scale = blockScaleUe8m0(amax);
       scales[block] = scale.exponent;
     }
-    for (int i = 0; i < m; i++) out[at + i] = floatToE4m3(bf16ToFloat(x[at + i]) * scale.factor);
+    const float factor = scale.factor;
+    for (int i = 0; i < m; i++) out[at + i] = floatToE4m3(bf16ToFloat(x[at + i]) * factor);
   }
   if (quant == ncclMoeQuantFp8Ue8m0) {
     const int bytes = NCCL_MOE_QUANT_SCALE_BYTES(ncclMoeQuantFp8Ue8m0, hidden);
