@@ -266,8 +266,8 @@ ncclResult_t gather(Job& job, std::vector<BootstrapPeer>* peers) {
     }
     if (missing.empty()) break;
     if (Clock::now() >= job.deadline) {
-      return refuseAll(joined,
-                       nameRanks(missing) + " did not come within " + std::to_string(job.config.timeoutMs) + " ms");
+      return refuseAll(joined, nameRanks(missing) + " did not come within " + std::to_string(job.config.timeoutMs) +
+                                 " ms" + refusal);
     }
     std::vector<pollfd> set;
     doorman.poll(&set);
