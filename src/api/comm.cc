@@ -125,7 +125,8 @@ MOE_API ncclResult_t ncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const 
     if (comm == nullptr) return fail(ncclInvalidArgument, "%s: comm is NULL", function);
     int nRanks = 0, rank = 0;
     MOECHECK(deviceQueryComm(comm, &nRanks, &rank));
-    return commCreate(moe, nRanks, rank, config, function, [&](ncclMoeComm& made) { return deviceBackendCreate(made, comm); });
+    return commCreate(moe, nRanks, rank, config, function,
+                      [&](ncclMoeComm& made) { return deviceBackendCreate(made, comm); });
   });
 }
 MOE_API_ALIAS(ncclMoeCommInit);
@@ -137,7 +138,8 @@ MOE_API ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int ran
     if (moe == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
     *moe = nullptr;
     if (rendezvous == nullptr) return fail(ncclInvalidArgument, "%s: rendezvous is NULL", function);
-    return commCreate(moe, nRanks, rank, config, function, [&](ncclMoeComm& made) { return hostBackendCreate(made, rendezvous); });
+    return commCreate(moe, nRanks, rank, config, function,
+                      [&](ncclMoeComm& made) { return hostBackendCreate(made, rendezvous); });
   });
 }
 MOE_API_ALIAS(ncclMoeCommInitHost);

@@ -101,9 +101,9 @@ char* Arena::take(size_t bytes) {
 std::string GpuRank::init(const ncclMoeConfig_t& config, std::shared_ptr<Meeting> meeting, size_t arenaBytes) {
   RANK_CUDA(cudaSetDevice(device_));
   RANK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  RANK_OK(commCreate(&comm_, nRanks_, rank_, &config, "test", [&](ncclMoeComm& made) {
-    return deviceBackendCreate(made, makeBootstrap(meeting, rank_));
-  }), nullptr);
+  RANK_OK(commCreate(&comm_, nRanks_, rank_, &config, "test",
+                     [&](ncclMoeComm& made) { return deviceBackendCreate(made, makeBootstrap(meeting, rank_)); }),
+          nullptr);
   if (arenaBytes > 0) {
     RANK_CUDA(cudaMalloc(&plain_, arenaBytes));
     void* reachable = nullptr;
@@ -137,8 +137,10 @@ std::string GpuRank::place(GuardedBuffer& buffer, void** argument, bool output, 
   RANK_CUDA(cudaMemcpyAsync(piece + whole, zone.data(), kZone, cudaMemcpyHostToDevice, stream_));
   // No memset: that may load a kernel, which may wait for another rank's that runs.
   static const std::vector<uint8_t> rest(kZone, 0x5b);
-  RANK_CUDA(cudaMemcpyAsync(piece + buffer.size(), rest.data(), whole - buffer.size(), cudaMemcpyHostToDevice, stream_));
-  if (buffer.size() > 0) RANK_CUDA(cudaMemcpyAsync(piece, buffer.data(), buffer.size(), cudaMemcpyHostToDevice, stream_));
+  RANK_CUDA(
+    cudaMemcpyAsync(piece + buffer.size(), rest.data(), whole - buffer.size(), cudaMemcpyHostToDevice, stream_));
+  if (buffer.size() > 0)
+    RANK_CUDA(cudaMemcpyAsync(piece, buffer.data(), buffer.size(), cudaMemcpyHostToDevice, stream_));
   RANK_CUDA(cudaStreamSynchronize(stream_));
   *argument = piece;
   pieces_.push_back(Piece{&buffer, piece, output});

@@ -60,7 +60,7 @@ class GpuRank {
   // Moves a call's tensors to the device (recvX into memory that peers reach where reachable), and its outputs back.
   template <class Call> std::string upload(Call& call, bool reachable);
   std::string download();
-  void forget();  // the tensors of all calls
+  void forget(); // the tensors of all calls
 
  private:
   struct Piece {

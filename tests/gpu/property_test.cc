@@ -7,7 +7,7 @@ namespace moe::test {
 namespace {
 
 constexpr size_t kArenaBytes = size_t{96} << 20;
-constexpr int kSmsOfAllRanks = 96;  // what the ranks of a GPU share, with room for their small kernels
+constexpr int kSmsOfAllRanks = 96; // what the ranks of a GPU share, with room for their small kernels
 
 struct Round {
   std::unique_ptr<Reference> reference;
@@ -34,7 +34,8 @@ std::vector<Round> randomRounds(Random& random, const World& world, int nRounds)
     DispatchProblem problem = randomDispatch(random, world, last);
     if (last != nullptr && !round.keep) {
       for (Source& source : problem.sources) {
-        fillSelections(random, world, chance(random, 0.5) ? Selections::uniform : Selections::sparse, problem.topK, &source);
+        fillSelections(random, world, chance(random, 0.5) ? Selections::uniform : Selections::sparse, problem.topK,
+                       &source);
       }
     }
     restrict(&problem);
@@ -78,7 +79,8 @@ std::string runRounds(GpuRank& rank, const World& world, const std::vector<Round
     const Delivery& delivery = round.reference->delivery(rank.rank());
     std::vector<int> counts(delivery.expertCounts.size());
     RANK_OK(ncclMoeRoutingGetCounts(routing, rank.comm(), &nRows, counts.data()), rank.comm());
-    RANK_CHECK(nRows == delivery.nRows, "GetCounts: %lld rows instead of %lld", (long long)nRows, (long long)delivery.nRows);
+    RANK_CHECK(nRows == delivery.nRows, "GetCounts: %lld rows instead of %lld", (long long)nRows,
+               (long long)delivery.nRows);
     RANK_CHECK(counts == delivery.expertCounts);
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     ncclResult_t async = ncclSuccess;
@@ -124,23 +126,24 @@ void runJobs(int nJobs, int minRanks, int maxRanks) {
       jobs.emplace_back();
       for (int n = 0; n < 2; n++) jobs.back().push_back(randomRounds(random, worlds.back(), 3));
     }
-    const std::string failures = runGpuThreads(nRanks, 120000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-      for (int j = 0; j < batch; j++) {
-        GpuRank rank(r, nRanks, r % nDevices);
-        ncclMoeConfig_t config = worlds[j].config();
-        config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
-        if (j % 3 == 1) config.numSms = 1;
-        config.timeoutMs = 5000;
-        const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
-        std::string wrong = rank.init(config, meeting, kArenaBytes);
-        for (const auto& rounds : jobs[j]) {
-          if (wrong.empty()) wrong = runRounds(rank, worlds[j], rounds);
+    const std::string failures =
+      runGpuThreads(nRanks, 120000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+        for (int j = 0; j < batch; j++) {
+          GpuRank rank(r, nRanks, r % nDevices);
+          ncclMoeConfig_t config = worlds[j].config();
+          config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
+          if (j % 3 == 1) config.numSms = 1;
+          config.timeoutMs = 5000;
+          const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
+          std::string wrong = rank.init(config, meeting, kArenaBytes);
+          for (const auto& rounds : jobs[j]) {
+            if (wrong.empty()) wrong = runRounds(rank, worlds[j], rounds);
+          }
+          if (wrong.empty()) wrong = rank.destroy();
+          if (!wrong.empty()) return at + wrong;
         }
-        if (wrong.empty()) wrong = rank.destroy();
-        if (!wrong.empty()) return at + wrong;
-      }
-      return "";
-    });
+        return "";
+      });
     ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
     done += batch;
   }
