@@ -4,6 +4,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <emmintrin.h>
 #endif
 
@@ -16,7 +17,11 @@ namespace {
 #if defined(__x86_64__)
 #define MOE_AVX2 __attribute__((target("avx2,f16c")))
 bool haveAvx2() {
-  static const bool have = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  // clang 14's __builtin_cpu_supports does not know f16c.
+  static const bool have = [] {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  }();
   return have;
 }
 #endif

@@ -33,7 +33,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       if (reader.body().size() > maxBodyBytes) abort();
       return 0;
     }
-    if (status == IoStatus::error) {
+    if (status == IoStatus::error || status == IoStatus::closed) {
       if (reader.problem()[0] == 0) abort(); // a refusal says why
       return 0;
     }
