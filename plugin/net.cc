@@ -44,11 +44,13 @@ struct Context {
 struct Comm {
   std::shared_ptr<Engine> engine;
   std::unique_ptr<Connection> connection;
+  int maxRecvs = 1; // what the device's properties say
 };
 
 struct ListenComm {
   std::shared_ptr<Engine> engine;
   std::unique_ptr<Listener> listener;
+  int maxRecvs = 1;
 };
 
 struct Global {
@@ -232,6 +234,7 @@ ncclResult_t listen(void* ctx, int dev, void* handle, void** listenComm) {
     auto comm = std::make_unique<ListenComm>();
     comm->engine = context->engine;
     MOECHECK(context->engine->listen(dev, context->config, handle, &comm->listener));
+    comm->maxRecvs = context->engine->device(dev).maxRecvs;
     *listenComm = comm.release();
     return ncclSuccess;
   });
@@ -265,6 +268,7 @@ ncclResult_t connect(void* ctx, int dev, int trafficClass, void* handle, void** 
     }
     auto comm = std::make_unique<Comm>();
     comm->engine = context->engine;
+    comm->maxRecvs = context->engine->device(dev).maxRecvs;
     const ncclResult_t result = connector->connect(&comm->connection);
     if (result == ncclSuccess && comm->connection == nullptr) return ncclSuccess;
     const uint64_t over = result == ncclSuccess ? 0 : UINT64_MAX; // a failed handle stays failed
@@ -287,6 +291,7 @@ ncclResult_t accept(void* listenComm, void** recvComm) {
     auto* listening = static_cast<ListenComm*>(listenComm);
     auto comm = std::make_unique<Comm>();
     comm->engine = listening->engine;
+    comm->maxRecvs = listening->maxRecvs;
     MOECHECK(listening->listener->accept(&comm->connection));
     if (comm->connection != nullptr) *recvComm = comm.release();
     return ncclSuccess;
@@ -355,6 +360,8 @@ ncclResult_t irecv(void* recvComm, int n, void** data, size_t* sizes, int* tags,
     *request = nullptr; // also where it came in as a hint
     Connection* connection = nullptr;
     MOECHECK(connectionOf(recvComm, &connection));
+    const int most = static_cast<Comm*>(recvComm)->maxRecvs;
+    if (n < 1 || n > most) return fail(ncclInvalidArgument, "n is %d, but a group has 1 to %d members", n, most);
     Request* made = nullptr;
     MOECHECK(connection->irecv(n, data, sizes, tags, reinterpret_cast<net::Region**>(mhandles), &made));
     *request = made;

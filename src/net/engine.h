@@ -45,10 +45,14 @@ struct DeviceInfo {
   int maxRecvs = 1;
 };
 
+// Traffic that networks may keep apart; each kind has its own service level and traffic class.
+enum class TrafficKind { other, latency, throughput };
+
 // What the connections of one communicator have in common.
 struct CommConfig {
   uint64_t commId = 0;   // part of the job token unless NCCL_MOE_JOB_TOKEN is set; 0: none known
-  int trafficClass = -1; // -1: the parameter decides
+  int trafficClass = -1; // -1: the parameter of the traffic kind decides
+  TrafficKind traffic = TrafficKind::other;
 };
 
 struct Memory {
@@ -96,8 +100,9 @@ class Connection {
   // Writes bytes to offset of the remote region.  The request completes when the local memory may be reused.
   virtual ncclResult_t put(const void* data, size_t bytes, Region* region, const RemoteRegion& remote, uint64_t offset,
                            Request** request) = 0;
-  // As put (bytes may be 0), then stores value at signalOffset (a multiple of 8) of the signal region.  The value is
-  // visible only after the data of this and of all earlier puts on this connection.
+  // As put (bytes may be 0), then stores value at signalOffset (a multiple of 8) of the signal region, which must be
+  // registered with strictOrder.  The value is visible only after the data of this and of all earlier puts on this
+  // connection.
   virtual ncclResult_t putSignal(const void* data, size_t bytes, Region* region, const RemoteRegion& remote,
                                  uint64_t offset, const RemoteRegion& signal, uint64_t signalOffset, uint64_t value,
                                  Request** request) = 0;

@@ -23,6 +23,9 @@ namespace {
 IntParam bufferBytes{"NCCL_MOE_NET_TCP_BUFFER", 0, 0, 1 << 30,
                      "bytes of kernel buffer per TCP socket and direction; 0: the kernel adapts it"};
 
+StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
+                           "interfaces: prefixes (eth,ib), exact names (=eth0), or prefixes to leave out (^docker)"};
+
 bool startsWith(const std::string& text, const std::string& prefix) {
   return text.compare(0, prefix.size(), prefix) == 0;
 }
@@ -99,6 +102,8 @@ std::string Address::text() const {
   inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host));
   return std::string(host) + ":" + std::to_string(ntohs(v4->sin_port));
 }
+
+const std::string& interfaceFilter() { return interfaceParam.get(); }
 
 bool interfaceMatches(const std::string& name, const std::string& filter) {
   std::string list = filter.empty() ? "^docker,virbr,cni,veth" : filter;

@@ -41,6 +41,7 @@ struct Interface {
 
 // filter: a list of prefixes (eth,ib), of exact names after '=' (=eth0), or of prefixes to leave out after '^'.  Empty:
 // all but bridges of containers and virtual machines; loopback only if there is nothing else.
+const std::string& interfaceFilter(); // NCCL_MOE_NET_IFNAME
 bool interfaceMatches(const std::string& name, const std::string& filter);
 ncclResult_t findInterfaces(const std::string& filter, std::vector<Interface>* interfaces);
 

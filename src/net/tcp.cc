@@ -23,17 +23,6 @@ IntParam windowParam{"NCCL_MOE_NET_TCP_WINDOW", 256, 8, 65536,
                      "small TCP messages that may be under way before their receives take them"};
 IntParam maxRecvsParam{"NCCL_MOE_NET_TCP_MAX_RECVS", 1, 1, maxGroup,
                        "members of a grouped receive that TCP devices offer; above 1 NCCL shares connections"};
-StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
-                           "interfaces: prefixes (eth,ib), exact names (=eth0), or prefixes to leave out (^docker)"};
-
-// What the transport adds to hello and reply.
-struct TcpBody {
-  uint64_t inlineMax = 0;
-  uint64_t window = 0; // in a reply
-  char device[48] = {};
-};
-static_assert(sizeof(TcpBody) == 64, "wire format");
-
 Bytes makeBody(const std::string& device) {
   TcpBody body;
   body.inlineMax = static_cast<uint64_t>(inlineParam.get());
@@ -45,10 +34,7 @@ Bytes makeBody(const std::string& device) {
 }
 
 bool parseBody(const Bytes& bytes, TcpBody* body) {
-  if (bytes.size() < sizeof(TcpBody)) return false; // a newer peer may say more
-  memcpy(body, bytes.data(), sizeof(TcpBody));
-  body->device[sizeof(body->device) - 1] = '\0';
-  return body->window >= 1 && body->window <= 65536;
+  return parseTcpBody(bytes.data(), bytes.size(), body) == ParseResult::ok;
 }
 
 class Pollers {
@@ -180,10 +166,10 @@ class TcpTransport : public Transport {
  public:
   explicit TcpTransport(Stats* stats) { context_.stats = stats; }
   ncclResult_t open() {
-    MOECHECK(findInterfaces(interfaceParam.get(), &interfaces_));
+    MOECHECK(findInterfaces(interfaceFilter(), &interfaces_));
     if (interfaces_.empty()) {
       return fail(ncclSystemError, "no network interface is up and matches NCCL_MOE_NET_IFNAME=\"%s\"",
-                  interfaceParam.get().c_str());
+                  interfaceFilter().c_str());
     }
     for (const Interface& interface : interfaces_) {
       DeviceInfo info;

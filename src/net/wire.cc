@@ -126,6 +126,24 @@ ParseResult parseHello(const void* bytes, size_t n, Hello* hello) {
   return ParseResult::ok;
 }
 
+ParseResult parseTcpBody(const void* bytes, size_t n, TcpBody* body) {
+  if (n < sizeof(TcpBody)) return ParseResult::badLength;
+  memcpy(body, bytes, sizeof(TcpBody));
+  body->device[sizeof(body->device) - 1] = '\0';
+  return body->window >= 1 && body->window <= 65536 ? ParseResult::ok : ParseResult::badField;
+}
+
+ParseResult parseVerbsBody(const void* bytes, size_t n, VerbsBody* body) {
+  if (n < sizeof(VerbsBody)) return ParseResult::badLength;
+  memcpy(body, bytes, sizeof(VerbsBody));
+  body->device[sizeof(body->device) - 1] = '\0';
+  if (body->nQueues < 1 || body->nQueues > maxQueues || body->mtu < 1 || body->mtu > 5) return ParseResult::badField;
+  for (uint32_t i = 0; i < body->nQueues; i++) {
+    if (body->queueNumber[i] >= (1u << 24)) return ParseResult::badField;
+  }
+  return ParseResult::ok;
+}
+
 ParseResult parseMessage(const void* bytes, size_t n, bool toReceiver, uint64_t inlineMax, MessageHeader* header) {
   if (n < sizeof(MessageHeader)) return ParseResult::badLength;
   MessageHeader h;

@@ -78,6 +78,32 @@ ParseResult parseHello(const void* bytes, size_t n, Hello* hello);
 uint64_t sipHash(const Secret& key, const void* data, size_t n); // SipHash-2-4
 uint64_t helloProof(const Secret& secret, const std::string& token, const Hello& hello);
 
+// What the transports add to hello and reply.  A newer peer may say more after it.
+struct TcpBody {
+  uint64_t inlineMax = 0;
+  uint64_t window = 0; // in a reply
+  char device[48] = {};
+};
+static_assert(sizeof(TcpBody) == 64, "wire format");
+
+constexpr uint32_t maxQueues = 32;
+struct VerbsBody {
+  uint32_t nQueues = 0;
+  uint32_t remoteKey = 0; // of the control memory
+  uint32_t queueNumber[maxQueues] = {};
+  uint8_t gid[16] = {};
+  uint16_t lid = 0;
+  uint8_t mtu = 0; // ibv_mtu
+  uint8_t infiniband = 0;
+  uint32_t reserved = 0;
+  uint64_t base = 0; // of the control memory
+  char device[40] = {};
+};
+static_assert(sizeof(VerbsBody) == 208 && std::is_trivially_copyable<VerbsBody>::value, "wire format");
+
+ParseResult parseTcpBody(const void* bytes, size_t n, TcpBody* body);
+ParseResult parseVerbsBody(const void* bytes, size_t n, VerbsBody* body);
+
 // ---- the TCP transport ----
 
 enum class MessageKind : uint8_t {
