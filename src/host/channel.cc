@@ -8,8 +8,9 @@ namespace moe {
 Channel::~Channel() {
   if (!socket_) return;
   // Closing a socket with unread bytes would reset the connection, and with it destroy what the peer has still to read.
-  uint8_t sink[4096];
-  while (recv(socket_.get(), sink, sizeof(sink), 0) > 0) {
+  // A peer may go on sending for ever, though.
+  uint8_t sink[16384];
+  for (int i = 0; i < 256 && recv(socket_.get(), sink, sizeof(sink), 0) > 0; i++) {
   }
 }
 

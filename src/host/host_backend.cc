@@ -20,7 +20,9 @@ using std::chrono::milliseconds;
 constexpr auto kSpin = microseconds(100);     // then other threads get the core
 constexpr auto kYield = milliseconds(1);      // then the loop sleeps
 constexpr auto kLookAround = milliseconds(1); // how often a waiting rank looks whether its peers still live
-constexpr auto kBusyNap = milliseconds(50);   // sleeps are short for so long
+constexpr auto kShortNaps = milliseconds(5);  // sleeps are short for so long
+constexpr auto kMediumNaps = milliseconds(50);
+constexpr size_t kAllRingBytes = size_t{1} << 24; // of a rank, unless rows need more
 constexpr size_t kMinRingBytes = size_t{1} << 16;
 
 IntParam ringParam{"NCCL_MOE_HOST_RING_BYTES", 1 << 19, 1 << 12, 1 << 30,
@@ -60,10 +62,11 @@ size_t widestRow(const CommConfig& config) {
 
 } // namespace
 
-size_t hostRingBytes(const CommConfig& config, int /*nRanks*/) {
+size_t hostRingBytes(const CommConfig& config, int nRanks) {
   // An EXACT combine needs all rows of a token at once; and the writer fills some while the reader empties others.
   const size_t rows = static_cast<size_t>(config.maxTopK) + 2;
-  const size_t want = std::max(static_cast<size_t>(ringParam.get()), rows * widestRow(config));
+  const size_t share = kAllRingBytes / (2 * static_cast<size_t>(std::max(nRanks - 1, 1)));
+  const size_t want = std::max(std::min(static_cast<size_t>(ringParam.get()), share), rows * widestRow(config));
   size_t bytes = std::max(kMinRingBytes, static_cast<size_t>(sysconf(_SC_PAGESIZE)));
   while (bytes < want) bytes *= 2;
   return bytes;
@@ -240,21 +243,21 @@ ncclResult_t HostBackend::runUntil(uint64_t sequence, const bool* early) {
     } else if (waited < kYield) {
       sched_yield();
     } else {
-      sleep(waited < kBusyNap ? 0 : 1);
+      sleep(microseconds(waited < kShortNaps ? 50 : waited < kMediumNaps ? 200 : 1000));
     }
   }
   return ncclSuccess;
 }
 
-// Sleeps 50 us, or some milliseconds, or until a socket has something to say.
-void HostBackend::sleep(int milliseconds) {
+// Sleeps so long, or until a socket has something to say.
+void HostBackend::sleep(microseconds time) {
   std::vector<pollfd> set;
   for (const auto& channel : channels_) {
     if (!channel || channel->gone()) continue;
     set.push_back(pollfd{channel->fd(), channel->wants(), 0});
   }
-  const timespec time{0, milliseconds > 0 ? milliseconds * 1000000L : 50000L};
-  ppoll(set.data(), set.size(), &time, nullptr);
+  const timespec timeout{0, time.count() * 1000};
+  ppoll(set.data(), set.size(), &timeout, nullptr);
 }
 
 // Ends the communicator if the call that is waited for needs a peer that has gone.  What such a peer has left in the

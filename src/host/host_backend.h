@@ -88,7 +88,7 @@ class HostBackend final : public Backend {
   ncclResult_t advance(bool* progress);
   ncclResult_t checkPeers();
   ncclResult_t timedOut();
-  void sleep(int milliseconds);
+  void sleep(std::chrono::microseconds time);
   ncclResult_t checkUsable();
   ncclResult_t die(ncclResult_t result, const std::string& sentence, ByeReason reason);
   static ncclResult_t report(const Outcome& outcome);
