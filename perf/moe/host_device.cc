@@ -90,7 +90,8 @@ class HostDevice : public Device {
     return ncclSuccess;
   }
 
-  // Buffers that no cache holds, all ranks at once, row by row; the median of several passes.
+  // Buffers that no cache holds, all ranks at once, row by row; the median of several passes.  A pass lasts from the
+  // first rank's start to the last one's end: where ranks share cores, they may well run one after the other.
   ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) override {
     const size_t budget = std::min(size_t{256} << 20, freeMemory() / 8);
     const size_t nRows = std::max<size_t>(1, budget / rowBytes);
@@ -101,26 +102,40 @@ class HostDevice : public Device {
     PERFCHECK(alloc(&to, bytes));
     memset(from, 1, bytes);
     memset(to, 2, bytes);
-    const Call copyRows = [&](cudaStream_t) {
+    constexpr int nPasses = 7;
+    std::vector<int64_t> ns;
+    for (int pass = -1; pass < nPasses; pass++) {
+      PERFCHECK(group_.barrier());
+      Interval mine{nowNs(), 0};
       for (size_t i = 0; i < nRows; i++)
         memcpy(static_cast<char*>(to) + i * rowBytes, static_cast<char*>(from) + i * rowBytes, rowBytes);
-      return ncclSuccess;
-    };
-    constexpr int nPasses = 7;
-    double us[nPasses];
-    PERFCHECK(time(copyRows, 1, nPasses, 0, us));
+      mine.end = nowNs();
+      std::vector<Interval> all(group_.nRanks());
+      PERFCHECK(group_.allGather(&mine, all.data(), sizeof(mine)));
+      Interval whole = mine;
+      for (const Interval& other : all) {
+        whole.begin = std::min(whole.begin, other.begin);
+        whole.end = std::max(whole.end, other.end);
+      }
+      if (pass >= 0) ns.push_back(whole.end - whole.begin); // the first warms up
+    }
     free(from);
     free(to);
-    std::vector<double> all(static_cast<size_t>(group_.nRanks()) * nPasses);
-    PERFCHECK(group_.allGather(us, all.data(), sizeof(us)));
-    std::vector<double> slowest(nPasses, 0.0);
-    for (size_t i = 0; i < all.size(); i++) slowest[i % nPasses] = std::max(slowest[i % nPasses], all[i]);
-    std::sort(slowest.begin(), slowest.end());
-    *gbPerSecond = static_cast<double>(bytes) / slowest[nPasses / 2] * 1e-3;
+    std::sort(ns.begin(), ns.end());
+    *gbPerSecond = static_cast<double>(bytes) / static_cast<double>(ns[nPasses / 2]);
     return ncclSuccess;
   }
 
  private:
+  // Times of the monotonic clock, which all processes of a machine share.
+  struct Interval {
+    int64_t begin;
+    int64_t end;
+  };
+  static int64_t nowNs() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+  }
+
   using Clock = std::chrono::steady_clock;
 
   Group& group_;
