@@ -366,7 +366,7 @@ const char* usageText() {
          "  -g, --ngpus N             threads of each process, one GPU each; cuda only (1)\n"
          "Measuring\n"
          "  -n, --iters N             timed calls, of which the median counts (20)\n"
-         "  -w, --warmup_iters N      untimed calls before (2)\n"
+         "  -w, --warmup_iters N      untimed calls before (5)\n"
          "  -c, --check N             verified runs, apart from the timed ones; 0: none (1)\n"
          "      --graph N             times N calls in a row, on cuda as one captured graph, and prints the time of "
          "one\n"

@@ -26,7 +26,7 @@ struct Options {
   int stepAdd = 0; // used where stepFactor is 1
   int stepFactor = 2;
   int iterations = 20;
-  int warmup = 2;
+  int warmup = 5;
   int checks = 1;
   ncclDataType_t type = ncclBfloat16;
   int ranks = 0; // processes; 0: 2 on the host, 1 on CUDA
