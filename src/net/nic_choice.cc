@@ -149,6 +149,15 @@ void assignGroup(const Group& group, std::vector<int>* uses, std::map<PciAddress
 
 } // namespace
 
+ncclResult_t usableNics(const std::vector<NicInfo>& nics, const std::string& user, std::vector<bool>* usable) {
+  UserChoice choice;
+  if (user.find('=') == std::string::npos) MOECHECK(parseUser(user, {}, nics, &choice));
+  usable->assign(nics.size(), choice.only.empty());
+  for (int i : choice.only) (*usable)[size_t(i)] = true;
+  for (int i : choice.exclude) (*usable)[size_t(i)] = false;
+  return ncclSuccess;
+}
+
 ncclResult_t chooseNics(const Topology& topology, const std::vector<PciAddress>& gpus, const std::vector<NicInfo>& nics,
                         const std::string& user, std::vector<NicChoice>* choices, std::vector<std::string>* whyNot) {
   std::vector<PciAddress> sortedGpus = gpus;

@@ -12,14 +12,15 @@
 
 #include "base/error.h"
 #include "base/param.h"
-#include "net/socket.h"
+#include "net/topology.h"
 
 namespace moe {
 namespace net {
 namespace {
 
-StringParam hcaParam{"NCCL_MOE_NET_HCA", "",
-                     "RDMA ports as name:port: prefixes (mlx5), exact names (=mlx5_0:1), or prefixes to leave out (^)"};
+StringParam nicParam{
+  "NCCL_MOE_NET_NIC", "",
+  "RDMA NICs: names, name:port, a prefix with *, or PCI addresses; ^ before the list: all but these"};
 IntParam gidIndexParam{"NCCL_MOE_NET_GID_INDEX", -1, -1, 65535, "GID index on RoCE; -1: the best RoCE v2 GID"};
 IntParam relaxedParam{"NCCL_MOE_NET_RELAXED_ORDERING", 1, 0, 1, "register data memory with relaxed PCIe ordering"};
 IntParam gpuDirectParam{"NCCL_MOE_NET_GPUDIRECT", 1, 0, 1, "offer GPU memory where the devices can reach it"};
@@ -276,8 +277,8 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
     if (list != nullptr) lib->freeDeviceList(list);
     return ncclSuccess;
   }
-  *why = "no RDMA port is active (and matches NCCL_MOE_NET_HCA)";
-  const std::string filter = hcaParam.get().empty() ? "^ " : hcaParam.get();
+  *why = "no RDMA port is active";
+  std::vector<NicInfo> nics;
   for (int i = 0; i < count; i++) {
     const std::string name = lib->getDeviceName(list[i]);
     ibv_context* opened = lib->openDevice(list[i]);
@@ -297,7 +298,6 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
     for (int number = 1; number <= context->attributes().phys_port_cnt; number++) {
       const std::string full = name + ":" + std::to_string(number);
       ibv_port_attr attr = {};
-      if (!interfaceMatches(full, filter)) continue;
       if (lib->queryPort(opened, static_cast<uint8_t>(number), &attr) != 0 || attr.state != IBV_PORT_ACTIVE) continue;
       if (attr.link_layer != IBV_LINK_LAYER_INFINIBAND && attr.link_layer != IBV_LINK_LAYER_ETHERNET) continue;
       VerbsPort port;
@@ -314,14 +314,27 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
       port.info.port = number;
       port.info.maxConnections = context->attributes().max_qp;
       port.info.maxRecvs = static_cast<int>(maxRecvsParam.get());
-      MOE_INFO("NET verbs device %zu: %s (%s), %d Mbit/s%s%s", ports->size(), full.c_str(),
-               port.infiniband ? "InfiniBand" : "RoCE", port.info.speedMbps,
-               (kinds & ptrCuda) != 0 ? ", GPUDirect by peer memory" : "",
+      NicInfo nic;
+      nic.name = name;
+      nic.port = number;
+      PciAddress::fromPath(port.info.pciPath, &nic.address);
+      nics.push_back(nic);
+      MOE_INFO("NET verbs port %s (%s), %d Mbit/s%s%s", full.c_str(), port.infiniband ? "InfiniBand" : "RoCE",
+               port.info.speedMbps, (kinds & ptrCuda) != 0 ? ", GPUDirect by peer memory" : "",
                (kinds & ptrDmabuf) != 0 ? ", GPUDirect by dma-buf" : "");
       ports->push_back(port);
     }
   }
   lib->freeDeviceList(list);
+  if (ports->empty()) return ncclSuccess;
+  std::vector<bool> usable;
+  MOECHECK(usableNics(nics, nicParam.get(), &usable));
+  size_t kept = 0;
+  for (size_t i = 0; i < ports->size(); i++) {
+    if (usable[i]) std::swap((*ports)[kept++], (*ports)[i]);
+  }
+  ports->resize(kept);
+  if (ports->empty()) *why = "NCCL_MOE_NET_NIC excludes every RDMA port";
   return ncclSuccess;
 }
 
