@@ -93,7 +93,8 @@ class HostDevice : public Device {
   // Buffers that no cache holds, all ranks at once, row by row; the median of several passes.  A pass lasts from the
   // first rank's start to the last one's end: where ranks share cores, they may well run one after the other.
   ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) override {
-    const size_t budget = std::min(size_t{256} << 20, freeMemory() / 8);
+    const size_t all = size_t{512} << 20; // of all ranks: beyond any cache
+    const size_t budget = std::min(all / static_cast<size_t>(group_.nRanks()), freeMemory() / 8);
     const size_t nRows = std::max<size_t>(1, budget / rowBytes);
     const size_t bytes = nRows * rowBytes;
     void* from = nullptr;
