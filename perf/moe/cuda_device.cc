@@ -67,6 +67,7 @@ class CudaDevice : public Device {
     cudaDeviceSynchronize();
     if (begin_ != nullptr) cudaEventDestroy(begin_);
     if (end_ != nullptr) cudaEventDestroy(end_);
+    for (void* p : opened_) cudaIpcCloseMemHandle(p);
     for (void* p : blocks_) cudaFree(p);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
     if (comm_ != nullptr) nccl_.commDestroy(comm_);
@@ -145,10 +146,17 @@ class CudaDevice : public Device {
 
   ncclResult_t time(const Call& call, int warmup, int n, int graphCalls, double* us) override {
     if (graphCalls > 0) return timeGraph(call, warmup, n, graphCalls, us);
+    PERFCHECK(prepareMeeting());
     for (int i = -warmup; i < n; i++) {
-      CUDAPERF(cudaMemsetAsync(flush_, i & 0xff, flushBytes_, stream_));
       PERFCHECK(synchronize());
       PERFCHECK(group_.barrier());
+      // The host has enqueued the call by the time the caches are flushed and the ranks have met, so that neither its work
+      // nor the ranks' distance is measured.
+      CUDAPERF(cudaMemsetAsync(flush_, i & 0xff, flushBytes_, stream_));
+      CUDAPERF(cudaMemsetAsync(flush_, ~i & 0xff, flushBytes_, stream_));
+      if (meetingSlots_ != nullptr) {
+        CUDAPERF(launchMeet(static_cast<unsigned* const*>(meetingSlots_), group_.rank(), group_.nRanks(), ++meetings_, stream_));
+      }
       CUDAPERF(cudaEventRecord(begin_, stream_));
       PERFCHECK(call(stream_));
       CUDAPERF(cudaEventRecord(end_, stream_));
@@ -255,6 +263,22 @@ class CudaDevice : public Device {
     return ncclSuccess;
   }
 
+  // Ranks that cannot see each other are aligned by the host alone.
+  ncclResult_t prepareMeeting() {
+    if (meetingSlots_ != nullptr || meetings_ > 0) return ncclSuccess;
+    void* mine = nullptr;
+    const size_t bytes = sizeof(unsigned) * group_.nRanks();
+    PERFCHECK(alloc(&mine, bytes));
+    CUDAPERF(cudaMemset(mine, 0, bytes));
+    CUDAPERF(cudaDeviceSynchronize());
+    std::vector<void*> bases;
+    bool reached = false;
+    PERFCHECK(reachPeers(mine, &bases, &opened_, &reached));
+    if (!reached) return ncclSuccess;
+    PERFCHECK(alloc(&meetingSlots_, bases.size() * sizeof(void*)));
+    return copyIn(meetingSlots_, bases.data(), bases.size() * sizeof(void*));
+  }
+
   // Every row's place at a peer, in random order.
   std::vector<void*> randomTargets(const std::vector<void*>& bases, int perPeer, size_t rowBytes) const {
     std::vector<void*> targets;
@@ -293,6 +317,9 @@ class CudaDevice : public Device {
   cudaDeviceProp properties_{};
   int device_ = 0;
   void* flush_ = nullptr;
+  void* meetingSlots_ = nullptr;
+  unsigned meetings_ = 0;
+  std::vector<void*> opened_; // peers' memory, until the end
   size_t flushBytes_ = 0;
   std::vector<void*> blocks_;
 };

@@ -17,7 +17,24 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
+// The ranks meet: thread r tells rank r of this round and waits until rank r has told of it.  Gives up after ten seconds.
+__global__ void meetKernel(unsigned* const* slots, int rank, int nRanks, unsigned round) {
+  const int r = threadIdx.x;
+  if (r >= nRanks) return;
+  volatile unsigned* theirs = slots[r] + rank;
+  volatile unsigned* mine = slots[rank] + r;
+  *theirs = round;
+  const long long start = clock64();
+  while (static_cast<int>(*mine - round) < 0 && clock64() - start < 20000000000ll) {
+  }
+}
+
 } // namespace
+
+cudaError_t launchMeet(unsigned* const* slots, int rank, int nRanks, unsigned round, cudaStream_t stream) {
+  meetKernel<<<1, (nRanks + 31) / 32 * 32, 0, stream>>>(slots, rank, nRanks, round);
+  return cudaGetLastError();
+}
 
 cudaError_t launchRowCopy(const void* source, void* const* target, int nRows, size_t rowBytes, int nBlocks,
                           cudaStream_t stream) {

@@ -9,9 +9,7 @@
 // rows to send have been taken, and a warp that has taken one never blocks before it has sent it: one resident block
 // per rank is enough to finish. All waits are bounded by the communicator's timeout and abort.  The last block advances
 // the epoch.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device/row_sum.cuh"
 #include "device/token.cuh"
 
 namespace moe {
@@ -21,105 +19,17 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxReductionsPerPush = 2;
 
-struct WarpScratch {
-  const uint4* rows[32]; // rows to add; NULL: this rank's own contribution
-  const uint4* own[32];  // this rank's rows of a token
-  float weights[32];     // and their weights
-};
-
-// Sixteen bytes of a row as floats, and back.
-template <class T> struct Vec;
-template <> struct Vec<float> {
-  static constexpr int kElems = 4;
-  static __device__ __forceinline__ void load(const uint4& v, float* f) {
-    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
-  }
-  static __device__ __forceinline__ uint4 store(const float* f) {
-    return make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3]));
-  }
-};
-template <> struct Vec<__nv_bfloat16> {
-  static constexpr int kElems = 8;
-  static __device__ __forceinline__ void load(const uint4& v, float* f) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      f[2 * i] = __uint_as_float(words[i] << 16);
-      f[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-  static __device__ __forceinline__ uint4 store(const float* f) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
-template <> struct Vec<__half> {
-  static constexpr int kElems = 8;
-  static __device__ __forceinline__ void load(const uint4& v, float* f) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      f[2 * i] = pair.x;
-      f[2 * i + 1] = pair.y;
-    }
-  }
-  static __device__ __forceinline__ uint4 store(const float* f) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const __half2 pair = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
-
-// acc += w * row, product and sum rounded apart, for kUnroll vectors of each lane.
-template <class T, int kUnroll, bool kArrived>
-__device__ __forceinline__ void accumulate(float (&acc)[kUnroll][Vec<T>::kElems], const uint4* row, float w, int v,
-                                           int nVec) {
-  uint4 data[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; u++) {
-    if (v + 32 * u < nVec) data[u] = kArrived ? loadArrived(row + v + 32 * u) : loadOnce(row + v + 32 * u);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; u++) {
-    if (v + 32 * u >= nVec) continue;
-    float f[Vec<T>::kElems];
-    Vec<T>::load(data[u], f);
-#pragma unroll
-    for (int e = 0; e < Vec<T>::kElems; e++) acc[u][e] = __fadd_rn(acc[u][e], kArrived ? f[e] : __fmul_rn(w, f[e]));
-  }
-}
-
-// This rank's contribution to a token: nOwn weighted rows, from vector v on, rounded to the type.
-template <class T, int kUnroll>
-__device__ __forceinline__ void partialSum(const WarpScratch& scratch, int nOwn, int v, int nVec,
-                                           uint4 (&sum)[kUnroll]) {
-  float acc[kUnroll][Vec<T>::kElems] = {};
-  for (int j = 0; j < nOwn; j++) accumulate<T, kUnroll, false>(acc, scratch.own[j], scratch.weights[j], v, nVec);
-#pragma unroll
-  for (int u = 0; u < kUnroll; u++) sum[u] = Vec<T>::store(acc[u]);
-}
-
 // Lists this rank's rows of a token in the order of its selections; lane k knows whether selection k is here and its
 // slot.
-__device__ __forceinline__ int listOwn(const CombineArgs& a, WarpScratch& scratch, bool here, int slot) {
+__device__ __forceinline__ int listOwn(const CombineArgs& a, RowList& list, bool here, int slot) {
   const int lane = threadIdx.x & 31;
   const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
   unsigned rows = __ballot_sync(~0u, here);
   if (rankMajor) rows &= -rows; // one row for all selections
   if ((rows >> lane & 1) != 0) {
     const int at = __popc(rows & ((1u << lane) - 1));
-    scratch.own[at] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(slot) * a.rowBytes);
-    scratch.weights[at] = a.weights != nullptr ? a.weights[slot] : 1.0f;
+    list.rows[at] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(slot) * a.rowBytes);
+    list.weights[at] = a.weights != nullptr ? a.weights[slot] : 1.0f;
   }
   __syncwarp();
   return __popc(rows);
@@ -132,9 +42,8 @@ __device__ __forceinline__ float gradOf(const CombineArgs& a, bool here, int slo
 }
 
 template <class T>
-__device__ __forceinline__ void sendRow(const CombineArgs& a, WarpScratch& scratch, int owner, int row,
+__device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uint4* ring, int owner, int row,
                                         uint32_t epoch) {
-  constexpr int kUnroll = 4;
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
@@ -142,21 +51,9 @@ __device__ __forceinline__ void sendRow(const CombineArgs& a, WarpScratch& scrat
   const int entry = lane < k ? a.routing.ints(a.routing.layout.map)[mapIndex(a.routing, owner, row, lane)] : -1;
   const bool here = entry >= 0;
   const int slot = rankMajor ? a.routing.perRank()[owner].recvBase + row : entry;
-  const int nOwn = listOwn(a, scratch, here, slot);
+  const int nOwn = listOwn(a, list, here, slot);
   uint4* to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.rowOf(owner, c.rank, row));
-  const int nVec = a.rowBytes / 16;
-  if (rankMajor) {
-    copyRow<4, false>(scratch.own[0], &to, 1, nVec);
-  } else {
-    for (int v = lane; v < nVec; v += 32 * kUnroll) {
-      uint4 sum[kUnroll];
-      partialSum<T, kUnroll>(scratch, nOwn, v, nVec, sum);
-#pragma unroll
-      for (int u = 0; u < kUnroll; u++) {
-        if (v + 32 * u < nVec) to[v + 32 * u] = sum[u];
-      }
-    }
-  }
+  sumRows<T>(list, nOwn, 0, 0, a.rowBytes / 16, ring, to);
   if (a.withGrads && lane < k) {
     float* grads = reinterpret_cast<float*>(c.peer(owner) + c.layout.grads);
     grads[c.layout.slot(c.rank, row) * c.layout.maxTopK + lane] = gradOf(a, here, slot);
@@ -169,9 +66,8 @@ __device__ __forceinline__ void sendRow(const CombineArgs& a, WarpScratch& scrat
 
 // False if a row has not arrived (or, with wait, did not in time).
 template <class T>
-__device__ __forceinline__ bool reduceToken(const CombineArgs& a, WarpScratch& scratch, int t, uint32_t epoch,
+__device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list, uint4* ring, int t, uint32_t epoch,
                                             bool wait) {
-  constexpr int kUnroll = 4;
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
@@ -185,41 +81,22 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, WarpScratch& s
                    : loadAcquire(flag) == epoch;
   }
   if (!__all_sync(~0u, arrived)) return false;
-  // The rows in the order of the ranks.
-  const unsigned leaders = __ballot_sync(~0u, token.leader);
+  // This rank's rows, then the other ranks' in the order of the ranks.
+  const int nOwn = listOwn(a, list, token.rank == c.rank, token.slot);
+  const unsigned remotes = __ballot_sync(~0u, remote);
   int order = 0;
-  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+  for (unsigned rest = remotes; rest != 0; rest &= rest - 1) {
     order += __shfl_sync(~0u, token.rank, __ffs(rest) - 1) < token.rank ? 1 : 0;
   }
-  if (token.leader) {
-    scratch.rows[order] =
-      remote ? reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row)) : nullptr;
-  }
-  const int nOwn = listOwn(a, scratch, token.rank == c.rank, token.slot);
-  const int nRows = __popc(leaders), nVec = a.rowBytes / 16;
+  if (remote) list.rows[nOwn + order] = reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row));
+  const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
+  __syncwarp();
+  const int nVec = a.rowBytes / 16;
   uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
-  for (int v = lane; v < nVec; v += 32 * kUnroll) {
-    float acc[kUnroll][Vec<T>::kElems] = {};
-    for (int j = 0; j < nRows; j++) {
-      const uint4* row = scratch.rows[j];
-      if (row != nullptr) {
-        accumulate<T, kUnroll, true>(acc, row, 1.0f, v, nVec);
-        continue;
-      }
-      uint4 sum[kUnroll];
-      partialSum<T, kUnroll>(scratch, nOwn, v, nVec, sum);
-#pragma unroll
-      for (int u = 0; u < kUnroll; u++) {
-        float f[Vec<T>::kElems];
-        Vec<T>::load(sum[u], f);
-#pragma unroll
-        for (int e = 0; e < Vec<T>::kElems; e++) acc[u][e] = __fadd_rn(acc[u][e], f[e]);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (v + 32 * u < nVec) out[v + 32 * u] = Vec<T>::store(acc[u]);
-    }
+  if (nOwn == 0 && remotes == 0) {
+    for (int v = lane; v < nVec; v += 32) out[v] = make_uint4(0, 0, 0, 0);
+  } else {
+    sumRows<T>(list, nOwn, __popc(remotes), nBefore, nVec, ring, out);
   }
   if (a.withGrads) {
     const float* grads = reinterpret_cast<const float*>(c.self + c.layout.grads);
@@ -258,8 +135,10 @@ __device__ __forceinline__ bool meet(const CombineArgs& a, uint32_t epoch) {
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_constant__ CombineArgs a) {
-  __shared__ WarpScratch scratches[kWarps];
-  WarpScratch& scratch = scratches[threadIdx.x / 32];
+  __shared__ RowList lists[kWarps];
+  extern __shared__ uint4 rings[];
+  RowList& list = lists[threadIdx.x / 32];
+  uint4* ring = rings + threadIdx.x / 32 * (kSumSharedPerWarp / sizeof(uint4));
   const CommView& c = a.comm;
   Control* ctl = control(c);
   const RoutingLayout::State state = *a.routing.state();
@@ -281,7 +160,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
         const int other = item % (c.nRanks - 1);
         const int owner = other + (other >= c.rank ? 1 : 0);
         const int row = item / (c.nRanks - 1);
-        if (row < perRank[owner].recvRows) sendRow<T>(a, scratch, owner, row, epoch);
+        if (row < perRank[owner].recvRows) sendRow<T>(a, list, ring, owner, row, epoch);
       }
     }
     for (int n = 0; reducing && (!sending || n < kMaxReductionsPerPush); n++) {
@@ -293,7 +172,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
         }
         token = item;
       }
-      if (!reduceToken<T>(a, scratch, token, epoch, !sending)) {
+      if (!reduceToken<T>(a, list, ring, token, epoch, !sending)) {
         reducing = sending; // a wait that failed ends the kernel
         break;
       }
@@ -309,26 +188,23 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
 
 } // namespace
 
+constexpr int kShared = kWarps * kSumSharedPerWarp;
+
 cudaError_t prepareCombine() {
-  cudaFuncAttributes attributes;
-  cudaError_t result = cudaFuncGetAttributes(&attributes, combineKernel<__nv_bfloat16>);
-  if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, combineKernel<__half>);
-  return result != cudaSuccess ? result : cudaFuncGetAttributes(&attributes, combineKernel<float>);
+  cudaError_t result = cudaSuccess;
+  for (auto* kernel : {combineKernel<__nv_bfloat16>, combineKernel<__half>, combineKernel<float>}) {
+    if (result == cudaSuccess) result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  }
+  return result;
 }
 
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
   switch (args.type) {
-  case ncclBfloat16:
-    combineKernel<__nv_bfloat16><<<numSms, kThreads, 0, stream>>>(args);
-    break;
-  case ncclFloat16:
-    combineKernel<__half><<<numSms, kThreads, 0, stream>>>(args);
-    break;
-  default:
-    combineKernel<float><<<numSms, kThreads, 0, stream>>>(args);
-    break;
+  case ncclBfloat16: combineKernel<__nv_bfloat16><<<numSms, kThreads, kShared, stream>>>(args); break;
+  case ncclFloat16: combineKernel<__half><<<numSms, kThreads, kShared, stream>>>(args); break;
+  default: combineKernel<float><<<numSms, kThreads, kShared, stream>>>(args); break;
   }
   return cudaGetLastError();
 }
 
-} // namespace moe
+}  // namespace moe

@@ -14,7 +14,7 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWords = kChunkTokens / 32;
 
 __device__ __forceinline__ int bitsBelow(const uint32_t* words, int bit) {
@@ -84,30 +84,40 @@ __device__ void countChunk(const RouteArgs& a, int chunk, int nTokens, uint32_t*
   }
 }
 
-// Turns the chunks' counts into exclusive prefix sums; the totals become row nChunks.
-__device__ void scanChunks(const RouteArgs& a, int nChunks) {
+// Turns the chunks' counts into exclusive prefix sums; the totals become row nChunks.  Threads share a column's chunks in equal
+// segments: each adds up its own first and then starts from what came before.
+__device__ void scanChunks(const RouteArgs& a, int nChunks, int* sums) {
   constexpr int kBatch = 8;
   const int nColumns = a.routing.layout.nColumns;
   int* counts = a.routing.ints(a.routing.layout.chunkBase);
-  for (int col = threadIdx.x; col < nColumns; col += kThreads) {
-    int sum = 0;
-    for (int chunk = 0; chunk < nChunks; chunk += kBatch) {
-      int batch[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        if (chunk + b < nChunks) batch[b] = __ldcg(&counts[static_cast<size_t>(chunk + b) * nColumns + col]);
+  int* totals = counts + static_cast<size_t>(a.routing.layout.nChunks) * nColumns;
+  const int nSegments = max(1, min(kThreads / nColumns, kWords));
+  const int perSegment = (nChunks + nSegments - 1) / nSegments;
+  for (int pass = 0; pass < 2; pass++) {
+    for (int item = threadIdx.x; item < nColumns * nSegments; item += kThreads) {
+      const int col = item % nColumns, segment = item / nColumns;
+      const int begin = segment * perSegment, end = min(nChunks, begin + perSegment);
+      int sum = 0;
+      if (pass == 1) {
+        for (int before = 0; before < segment; before++) sum += sums[before * nColumns + col];
       }
+      for (int chunk = begin; chunk < end; chunk += kBatch) {
+        int batch[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        if (chunk + b < nChunks) {
-          counts[static_cast<size_t>(chunk + b) * nColumns + col] = sum;
+        for (int b = 0; b < kBatch; b++) {
+          batch[b] = chunk + b < end ? __ldcg(&counts[static_cast<size_t>(chunk + b) * nColumns + col]) : 0;
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+          if (pass == 1 && chunk + b < end) counts[static_cast<size_t>(chunk + b) * nColumns + col] = sum;
           sum += batch[b];
         }
       }
+      if (pass == 0) sums[segment * nColumns + col] = sum;
+      if (pass == 1 && segment == nSegments - 1) totals[col] = sum;
     }
-    counts[static_cast<size_t>(a.routing.layout.nChunks) * nColumns + col] = sum;
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 __device__ bool exchange(const RouteArgs& a, uint32_t epoch) {
@@ -291,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
   if (!lastBlock(ctl)) return;
   const uint32_t epoch = ctl->epoch + 1;
   if (!a.keep) {
-    scanChunks(a, nChunks);
+    scanChunks(a, nChunks, reinterpret_cast<int*>(bits));
     if (threadIdx.x == 0) state->nTokens = nTokens;
   }
   const bool ok = ctl->failed == 0 && exchange(a, epoch);

@@ -18,15 +18,13 @@ struct Export {
   cudaIpcMemHandle_t handle;
 };
 
+// Drawn once; a forked child shares the draw but not the pid.
 uint64_t processNumber() {
-  static uint64_t number = 0;
-  static pid_t owner = 0;
-  if (owner != getpid()) { // a forked child draws its own
+  static const uint64_t drawn = [] {
     std::random_device random;
-    number = static_cast<uint64_t>(random()) << 32 | random();
-    owner = getpid();
-  }
-  return number;
+    return static_cast<uint64_t>(random()) << 32 | random();
+  }();
+  return drawn + static_cast<uint64_t>(getpid()) * 0x9e3779b97f4a7c15ull;
 }
 
 ncclResult_t makeOwn(DeviceMemory* memory, size_t bytes, bool zeroed, cudaIpcMemHandle_t* handle) {

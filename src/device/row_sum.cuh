@@ -1,0 +1,159 @@
+// The sum of a token's rows by a warp, with the rows on their way through shared memory.
+//
+// Registers hold too few bytes to hide the memory's latency on a few SMs.  So each lane copies its vectors into slots of its own
+// by cp.async, kDepth - 1 slots ahead of the one that it adds; no lane touches another's slots, so waiting for its own copies is
+// all the synchronisation there is.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "device/primitives.cuh"
+
+namespace moe {
+
+constexpr int kSumUnroll = 2;  // vectors of a lane in a slot
+constexpr int kSumDepth = 8;   // slots
+constexpr int kSumSharedPerWarp = kSumDepth * kSumUnroll * 32 * sizeof(uint4);
+
+// Sixteen bytes of a row as floats, and back.
+template <class T> struct Vec;
+template <> struct Vec<float> {
+  static constexpr int kElems = 4;
+  static __device__ __forceinline__ void load(const uint4& v, float* f) {
+    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
+  }
+  static __device__ __forceinline__ uint4 store(const float* f) {
+    return make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3]));
+  }
+};
+template <> struct Vec<__nv_bfloat16> {
+  static constexpr int kElems = 8;
+  static __device__ __forceinline__ void load(const uint4& v, float* f) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      f[2 * i] = __uint_as_float(words[i] << 16);
+      f[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  static __device__ __forceinline__ uint4 store(const float* f) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+template <> struct Vec<__half> {
+  static constexpr int kElems = 8;
+  static __device__ __forceinline__ void load(const uint4& v, float* f) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      f[2 * i] = pair.x;
+      f[2 * i + 1] = pair.y;
+    }
+  }
+  static __device__ __forceinline__ uint4 store(const float* f) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const __half2 pair = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+// Rows to add, in this order: nOwn weighted ones, whose sum is rounded to the type before it is used, and nOther that are taken
+// as they are.  The own sum is added after nBefore of the others.  At least one row.
+struct RowList {
+  const uint4* rows[64];
+  float weights[32];
+};
+
+__device__ __forceinline__ void copyAsync(uint4* shared, const uint4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+// acc += f, or acc += w * f with the product rounded first.
+template <int kElems> __device__ __forceinline__ void add(float* acc, const float* f) {
+#pragma unroll
+  for (int e = 0; e < kElems; e++) acc[e] = __fadd_rn(acc[e], f[e]);
+}
+
+template <class T>
+__device__ __forceinline__ void sumRows(const RowList& list, int nOwn, int nOther, int nBefore, int nVec, uint4* ring,
+                                        uint4* out) {
+  constexpr int kElems = Vec<T>::kElems;
+  const int lane = threadIdx.x & 31;
+  const int nRows = nOwn + nOther;
+  const int nItems = nRows * ((nVec + 32 * kSumUnroll - 1) / (32 * kSumUnroll));
+  ring += lane;
+  int issueRow = 0, issueVec = lane;
+  const auto issue = [&](int item) {
+    if (item < nItems) {
+      const uint4* row = list.rows[issueRow] + issueVec;
+      uint4* slot = ring + item % kSumDepth * (kSumUnroll * 32);
+#pragma unroll
+      for (int u = 0; u < kSumUnroll; u++) {
+        if (issueVec + 32 * u < nVec) copyAsync(slot + 32 * u, row + 32 * u);
+      }
+      if (++issueRow == nRows) {
+        issueRow = 0;
+        issueVec += 32 * kSumUnroll;
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  for (int item = 0; item < kSumDepth - 1; item++) issue(item);
+  float acc[kSumUnroll][kElems] = {}, own[kSumUnroll][kElems] = {};
+  int row = 0, v = lane;
+  for (int item = 0; item < nItems; item++) {
+    issue(item + kSumDepth - 1);
+    asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
+    const uint4* slot = ring + item % kSumDepth * (kSumUnroll * 32);
+    const bool isOwn = row < nOwn;
+    const bool addOwn = nOwn > 0 && row - nOwn == nBefore;  // before this row
+    const float w = isOwn ? list.weights[row] : 1.0f;
+    const bool last = row == nRows - 1;
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; u++) {
+      float f[kElems];
+      Vec<T>::load(slot[32 * u], f);
+      if (addOwn) add<kElems>(acc[u], own[u]);
+      if (isOwn) {
+        if (w != 1.0f) {
+#pragma unroll
+          for (int e = 0; e < kElems; e++) f[e] = __fmul_rn(w, f[e]);
+        }
+        add<kElems>(own[u], f);
+        if (row == nOwn - 1) {
+          const uint4 rounded = Vec<T>::store(own[u]);
+          Vec<T>::load(rounded, own[u]);
+        }
+      } else {
+        add<kElems>(acc[u], f);
+      }
+      if (last) {
+        if (nOwn > 0 && nBefore == nOther) add<kElems>(acc[u], own[u]);
+        if (v + 32 * u < nVec) out[v + 32 * u] = Vec<T>::store(acc[u]);
+#pragma unroll
+        for (int e = 0; e < kElems; e++) acc[u][e] = own[u][e] = 0.0f;
+      }
+    }
+    row++;
+    if (last) {
+      row = 0;
+      v += 32 * kSumUnroll;
+    }
+  }
+}
+
+}  // namespace moe
