@@ -15,7 +15,7 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 640;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxReductionsPerPush = 2;
 
@@ -53,7 +53,15 @@ __device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uin
   const int slot = rankMajor ? a.routing.perRank()[owner].recvBase + row : entry;
   const int nOwn = listOwn(a, list, here, slot);
   uint4* to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.rowOf(owner, c.rank, row));
-  sumRows<T>(list, nOwn, 0, 0, a.rowBytes / 16, ring, to);
+  const int nVec = a.rowBytes / 16;
+  if (rankMajor) {
+    // The sum of one row but for the signs of zeros and the payloads of NaNs, which the owner's sum levels.
+    copyRow<4, false>(list.rows[0], &to, 1, nVec);
+  } else if (a.weights == nullptr) {
+    sumRows<T, Sum::plain>(list, nOwn, 0, 0, nVec, ring, to);
+  } else {
+    sumRows<T, Sum::weighted>(list, nOwn, 0, 0, nVec, ring, to);
+  }
   if (a.withGrads && lane < k) {
     float* grads = reinterpret_cast<float*>(c.peer(owner) + c.layout.grads);
     grads[c.layout.slot(c.rank, row) * c.layout.maxTopK + lane] = gradOf(a, here, slot);
@@ -81,22 +89,34 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
                    : loadAcquire(flag) == epoch;
   }
   if (!__all_sync(~0u, arrived)) return false;
-  // This rank's rows, then the other ranks' in the order of the ranks.
-  const int nOwn = listOwn(a, list, token.rank == c.rank, token.slot);
+  // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already what its
+  // rank's sum would be and stands among them; several are summed first.
+  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
+  const bool here = token.rank == c.rank;
   const unsigned remotes = __ballot_sync(~0u, remote);
-  int order = 0;
+  const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
+  const bool inLine = rankMajor && __any_sync(~0u, here);
+  const int nOwn = rankMajor ? 0 : listOwn(a, list, here, token.slot);
+  int order = nOwn;
   for (unsigned rest = remotes; rest != 0; rest &= rest - 1) {
     order += __shfl_sync(~0u, token.rank, __ffs(rest) - 1) < token.rank ? 1 : 0;
   }
-  if (remote) list.rows[nOwn + order] = reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row));
-  const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
+  if (remote) {
+    list.rows[order + (inLine && token.rank > c.rank ? 1 : 0)] =
+      reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row));
+  }
+  if (inLine && here && token.leader) {
+    list.rows[nBefore] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(token.slot) * a.rowBytes);
+  }
   __syncwarp();
-  const int nVec = a.rowBytes / 16;
+  const int nRows = nOwn + __popc(remotes) + (inLine ? 1 : 0), nVec = a.rowBytes / 16;
   uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
-  if (nOwn == 0 && remotes == 0) {
+  if (nRows == 0) {
     for (int v = lane; v < nVec; v += 32) out[v] = make_uint4(0, 0, 0, 0);
+  } else if (nOwn == 0) {
+    sumRows<T, Sum::plain>(list, nRows, 0, 0, nVec, ring, out);
   } else {
-    sumRows<T>(list, nOwn, __popc(remotes), nBefore, nVec, ring, out);
+    sumRows<T, Sum::mixed>(list, nRows, nOwn, nBefore, nVec, ring, out);
   }
   if (a.withGrads) {
     const float* grads = reinterpret_cast<const float*>(c.self + c.layout.grads);

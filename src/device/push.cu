@@ -16,8 +16,9 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 640;
-constexpr int kUnroll = 7; // divides the 28 vectors of a lane in a row of 7168 elements of 16 bits
+// As many as leave the registers that each needs.
+template <bool kCast> constexpr int kThreads = kCast ? 768 : 896;
+constexpr int kUnroll = 4;
 constexpr int kMaxDeliveriesPerPush = 4;
 
 struct WarpScratch {
@@ -222,8 +223,8 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
 }
 
 template <bool kCast>
-__global__ void __launch_bounds__(kThreads, 1) pushKernel(const __grid_constant__ PushArgs a) {
-  __shared__ WarpScratch scratches[kThreads / 32];
+__global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_constant__ PushArgs a) {
+  __shared__ WarpScratch scratches[kThreads<kCast> / 32];
   WarpScratch& scratch = scratches[threadIdx.x / 32];
   const CommView& c = a.comm;
   Control* ctl = control(c);
@@ -290,9 +291,9 @@ cudaError_t preparePush() {
 
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
   if (args.quant != ncclMoeQuantNone) {
-    pushKernel<true><<<numSms, kThreads, 0, stream>>>(args);
+    pushKernel<true><<<numSms, kThreads<true>, 0, stream>>>(args);
   } else {
-    pushKernel<false><<<numSms, kThreads, 0, stream>>>(args);
+    pushKernel<false><<<numSms, kThreads<false>, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

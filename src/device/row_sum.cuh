@@ -13,7 +13,7 @@
 namespace moe {
 
 constexpr int kSumUnroll = 2;  // vectors of a lane in a slot
-constexpr int kSumDepth = 8;   // slots
+constexpr int kSumDepth = 7;   // slots
 constexpr int kSumSharedPerWarp = kSumDepth * kSumUnroll * 32 * sizeof(uint4);
 
 // Sixteen bytes of a row as floats, and back.
@@ -69,11 +69,16 @@ template <> struct Vec<__half> {
   }
 };
 
-// Rows to add, in this order: nOwn weighted ones, whose sum is rounded to the type before it is used, and nOther that are taken
-// as they are.  The own sum is added after nBefore of the others.  At least one row.
 struct RowList {
   const uint4* rows[64];
   float weights[32];
+};
+
+// How the rows of a list are added.
+enum class Sum {
+  plain,     // as they are
+  weighted,  // times their weights, each product rounded
+  mixed      // the first nOwn weighted, and their sum rounded to the type; that is added after nBefore of the others
 };
 
 __device__ __forceinline__ void copyAsync(uint4* shared, const uint4* global) {
@@ -82,29 +87,34 @@ __device__ __forceinline__ void copyAsync(uint4* shared, const uint4* global) {
                : "memory");
 }
 
-// acc += f, or acc += w * f with the product rounded first.
 template <int kElems> __device__ __forceinline__ void add(float* acc, const float* f) {
 #pragma unroll
   for (int e = 0; e < kElems; e++) acc[e] = __fadd_rn(acc[e], f[e]);
 }
+template <int kElems> __device__ __forceinline__ void addProduct(float* acc, float w, const float* f) {
+#pragma unroll
+  for (int e = 0; e < kElems; e++) acc[e] = __fadd_rn(acc[e], __fmul_rn(w, f[e]));
+}
 
-template <class T>
-__device__ __forceinline__ void sumRows(const RowList& list, int nOwn, int nOther, int nBefore, int nVec, uint4* ring,
+// out = the sum of nRows >= 1 rows of nVec vectors.
+template <class T, Sum kSum>
+__device__ __forceinline__ void sumRows(const RowList& list, int nRows, int nOwn, int nBefore, int nVec, uint4* ring,
                                         uint4* out) {
   constexpr int kElems = Vec<T>::kElems;
   const int lane = threadIdx.x & 31;
-  const int nRows = nOwn + nOther;
   const int nItems = nRows * ((nVec + 32 * kSumUnroll - 1) / (32 * kSumUnroll));
   ring += lane;
-  int issueRow = 0, issueVec = lane;
-  const auto issue = [&](int item) {
-    if (item < nItems) {
+  int issueRow = 0, issueVec = lane, issueSlot = 0, issued = 0;
+  const auto issue = [&] {
+    if (issued < nItems) {
       const uint4* row = list.rows[issueRow] + issueVec;
-      uint4* slot = ring + item % kSumDepth * (kSumUnroll * 32);
+      uint4* slot = ring + issueSlot * (kSumUnroll * 32);
 #pragma unroll
       for (int u = 0; u < kSumUnroll; u++) {
         if (issueVec + 32 * u < nVec) copyAsync(slot + 32 * u, row + 32 * u);
       }
+      issued++;
+      issueSlot = issueSlot == kSumDepth - 1 ? 0 : issueSlot + 1;
       if (++issueRow == nRows) {
         issueRow = 0;
         issueVec += 32 * kSumUnroll;
@@ -112,46 +122,40 @@ __device__ __forceinline__ void sumRows(const RowList& list, int nOwn, int nOthe
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  for (int item = 0; item < kSumDepth - 1; item++) issue(item);
-  float acc[kSumUnroll][kElems] = {}, own[kSumUnroll][kElems] = {};
-  int row = 0, v = lane;
-  for (int item = 0; item < nItems; item++) {
-    issue(item + kSumDepth - 1);
-    asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
-    const uint4* slot = ring + item % kSumDepth * (kSumUnroll * 32);
-    const bool isOwn = row < nOwn;
-    const bool addOwn = nOwn > 0 && row - nOwn == nBefore;  // before this row
-    const float w = isOwn ? list.weights[row] : 1.0f;
-    const bool last = row == nRows - 1;
+#pragma unroll 1
+  for (int n = 0; n < kSumDepth - 1; n++) issue();
+  int readSlot = 0;
+#pragma unroll 1
+  for (int v = lane; v - lane < nVec; v += 32 * kSumUnroll) {
+    float acc[kSumUnroll][kElems] = {};
+    float own[kSum == Sum::mixed ? kSumUnroll : 1][kElems] = {};
+#pragma unroll 1
+    for (int row = 0; row < nRows; row++) {
+      issue();
+      asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
+      const uint4* slot = ring + readSlot * (kSumUnroll * 32);
+      readSlot = readSlot == kSumDepth - 1 ? 0 : readSlot + 1;
 #pragma unroll
-    for (int u = 0; u < kSumUnroll; u++) {
-      float f[kElems];
-      Vec<T>::load(slot[32 * u], f);
-      if (addOwn) add<kElems>(acc[u], own[u]);
-      if (isOwn) {
-        if (w != 1.0f) {
-#pragma unroll
-          for (int e = 0; e < kElems; e++) f[e] = __fmul_rn(w, f[e]);
+      for (int u = 0; u < kSumUnroll; u++) {
+        float f[kElems];
+        Vec<T>::load(slot[32 * u], f);
+        if constexpr (kSum == Sum::plain) add<kElems>(acc[u], f);
+        if constexpr (kSum == Sum::weighted) addProduct<kElems>(acc[u], list.weights[row], f);
+        if constexpr (kSum == Sum::mixed) {
+          if (row < nOwn) {
+            addProduct<kElems>(own[u], list.weights[row], f);
+            if (row == nOwn - 1) Vec<T>::load(Vec<T>::store(own[u]), own[u]);
+          } else {
+            if (row - nOwn == nBefore) add<kElems>(acc[u], own[u]);
+            add<kElems>(acc[u], f);
+          }
         }
-        add<kElems>(own[u], f);
-        if (row == nOwn - 1) {
-          const uint4 rounded = Vec<T>::store(own[u]);
-          Vec<T>::load(rounded, own[u]);
-        }
-      } else {
-        add<kElems>(acc[u], f);
-      }
-      if (last) {
-        if (nOwn > 0 && nBefore == nOther) add<kElems>(acc[u], own[u]);
-        if (v + 32 * u < nVec) out[v + 32 * u] = Vec<T>::store(acc[u]);
-#pragma unroll
-        for (int e = 0; e < kElems; e++) acc[u][e] = own[u][e] = 0.0f;
       }
     }
-    row++;
-    if (last) {
-      row = 0;
-      v += 32 * kSumUnroll;
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; u++) {
+      if (kSum == Sum::mixed && nBefore == nRows - nOwn) add<kElems>(acc[u], own[u]);
+      if (v + 32 * u < nVec) out[v + 32 * u] = Vec<T>::store(acc[u]);
     }
   }
 }
