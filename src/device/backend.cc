@@ -18,7 +18,9 @@
 namespace moe {
 namespace {
 
-constexpr int kDefaultSms = 24;
+// The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
+constexpr int kCopySms = 24;    // RANK_MAJOR dispatch without the cast: a plain copy
+constexpr int kDefaultSms = 64; // all else: local copies, the cast or sums beside the wire
 
 class NvtxRange {
  public:
@@ -51,6 +53,13 @@ uint64_t hostIdentity() {
   return h;
 }
 
+// Tables of the placement and of the windows, beside the communicator window.
+size_t windowTableBytes(int nRanks) { return align128(sizeof(char*) * kMaxWindows * nRanks); }
+size_t expertTableBytes(int nExperts) { return align128(sizeof(int) * nExperts); }
+size_t tableBytes(const CommConfig& config, int nRanks) {
+  return windowTableBytes(nRanks) + 2 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1));
+}
+
 size_t elementBytes(ncclDataType_t type) {
   return type == ncclFloat32 ? 4 : type == ncclBfloat16 || type == ncclFloat16 ? 2 : 1;
 }
@@ -75,9 +84,10 @@ class DeviceBackend : public Backend {
     CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
     MOECHECK(agree());
     layout_ = CommLayout(moe_.nRanks, config_.nExperts, config_.maxTokens, config_.maxTopK, config_.maxRowBytes);
-    if (config_.maxMemory != 0 && layout_.bytes > config_.maxMemory) {
-      return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu",
-                  layout_.bytes, config_.maxMemory);
+    const size_t needed = layout_.bytes + tableBytes(config_, moe_.nRanks);
+    if (config_.maxMemory != 0 && needed > config_.maxMemory) {
+      return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu", needed,
+                  config_.maxMemory);
     }
     CUDACHECK(prepareRoute());
     CUDACHECK(preparePush());
@@ -215,12 +225,13 @@ class DeviceBackend : public Backend {
     push.recvDirect = route.recvWindow >= 0;
     route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
 
+    const bool plainCopy = routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone;
     const bool capturing = isCapturing(stream);
     MOECHECK(follow(stream));
     CUDACHECK(launchRoute(route, stream));
     CUDACHECK(cudaEventRecord(state.counted.get(), stream));
     state.countedInCapture = capturing;
-    CUDACHECK(launchPush(push, sms(args.numSms), stream));
+    CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream));
     return followed(stream);
   }
 
@@ -245,7 +256,7 @@ class DeviceBackend : public Backend {
     combine.gradTopkWeights = args.gradTopkWeights;
     combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights});
     MOECHECK(follow(stream));
-    CUDACHECK(launchCombine(combine, sms(args.numSms), stream));
+    CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), stream));
     return followed(stream);
   }
 
@@ -280,7 +291,7 @@ class DeviceBackend : public Backend {
   }
 
   size_t memoryBytes() override {
-    size_t bytes = tables_.size() + layout_.bytes;
+    size_t bytes = layout_.bytes + tableBytes(config_, moe_.nRanks);
     for (const auto& routing : moe_.routings) bytes += stateOf(*routing).bytes;
     return bytes;
   }
@@ -362,9 +373,9 @@ class DeviceBackend : public Backend {
       position[e] = rankStart[home.rank] + home.local;
       rankOf[position[e]] = home.rank;
     }
-    const size_t windowBytes = align128(sizeof(char*) * kMaxWindows * moe_.nRanks);
-    const size_t expertBytes = align128(sizeof(int) * config_.nExperts);
-    MOECHECK(tables_.alloc(windowBytes + 2 * expertBytes + align128(sizeof(int) * (moe_.nRanks + 1))));
+    const size_t windowBytes = windowTableBytes(moe_.nRanks);
+    const size_t expertBytes = expertTableBytes(config_.nExperts);
+    MOECHECK(tables_.alloc(tableBytes(config_, moe_.nRanks)));
     char* at = tables_.get();
     dWindows_ = reinterpret_cast<char**>(at);
     dPosition_ = reinterpret_cast<int*>(at + windowBytes);
@@ -435,8 +446,8 @@ class DeviceBackend : public Backend {
     return v;
   }
 
-  int sms(int wanted) const {
-    const int n = wanted != 0 ? wanted : config_.numSms != 0 ? config_.numSms : kDefaultSms;
+  int sms(int wanted, int otherwise) const {
+    const int n = wanted != 0 ? wanted : config_.numSms != 0 ? config_.numSms : otherwise;
     return std::min(n, smCount_);
   }
 
@@ -552,7 +563,8 @@ class DeviceBackend : public Backend {
 } // namespace
 
 ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* bytes) {
-  *bytes = CommLayout(nRanks, config.nExperts, config.maxTokens, config.maxTopK, config.maxRowBytes).bytes;
+  *bytes = CommLayout(nRanks, config.nExperts, config.maxTokens, config.maxTopK, config.maxRowBytes).bytes +
+           tableBytes(config, nRanks);
   return ncclSuccess;
 }
 

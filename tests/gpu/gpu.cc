@@ -1,13 +1,15 @@
 #include "gpu/gpu.h"
 
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
+#include <thread>
 
 #include "api/entry.h"
 
@@ -27,37 +29,48 @@ int gpuCount() {
   return count;
 }
 
+// Shared memory, so that threads and forked processes meet alike.  A rank cannot be two rounds ahead of another, so two
+// copies of everything are enough.
 class Meeting {
  public:
-  Meeting(int nRanks, int timeLimitMs) : nRanks_(nRanks), timeLimitMs_(timeLimitMs) {}
-  bool gather(int rank, const void* mine, size_t bytes, void* all) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const auto limit = std::chrono::milliseconds(timeLimitMs_);
-    // Nobody writes for the next gathering before all have read this one.
-    if (!changed_.wait_for(lock, limit, [&] { return reading_ == 0; })) return false;
-    data_.resize(bytes * static_cast<size_t>(nRanks_));
-    memcpy(&data_[bytes * static_cast<size_t>(rank)], mine, bytes);
-    const int round = round_;
-    if (++arrived_ == nRanks_) {
-      arrived_ = 0;
-      reading_ = nRanks_;
-      round_++;
-      changed_.notify_all();
-    } else if (!changed_.wait_for(lock, limit, [&] { return round_ != round; })) {
-      return false;
+  Meeting(int nRanks, int timeLimitMs) : nRanks_(nRanks), timeLimitMs_(timeLimitMs) {
+    void* base = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    slots_ = static_cast<Slot*>(base);
+  }
+  ~Meeting() { munmap(slots_, bytes()); }
+  Meeting(const Meeting&) = delete;
+  Meeting& operator=(const Meeting&) = delete;
+
+  bool gather(int rank, const void* mine, size_t size, void* all) {
+    if (size > sizeof(Slot::data[0])) return false;
+    Slot& own = slots_[rank];
+    const uint32_t round = own.round.load() + 1;
+    memcpy(own.data[round % 2], mine, size);
+    own.round.store(round);
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeLimitMs_);
+    for (int r = 0; r < nRanks_; r++) {
+      while (slots_[r].round.load() < round) {
+        if (std::chrono::steady_clock::now() > limit) return false;
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+      memcpy(static_cast<char*>(all) + size * static_cast<size_t>(r), slots_[r].data[round % 2], size);
     }
-    memcpy(all, data_.data(), data_.size());
-    if (--reading_ == 0) changed_.notify_all();
     return true;
   }
 
  private:
+  struct Slot {
+    std::atomic<uint32_t> round;
+    char data[2][1024];
+  };
+  size_t bytes() const { return sizeof(Slot) * static_cast<size_t>(nRanks_); }
   const int nRanks_, timeLimitMs_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<char> data_;
-  int arrived_ = 0, reading_ = 0, round_ = 0;
+  Slot* slots_;
 };
+
+bool meet(Meeting& meeting, int rank, const void* mine, size_t bytes, void* all) {
+  return meeting.gather(rank, mine, bytes, all);
+}
 
 namespace {
 
@@ -83,15 +96,8 @@ std::vector<uint8_t> zonePoison() {
 
 } // namespace
 
-std::shared_ptr<Meeting> makeMeeting(int nRanks, int timeLimitMs) {
-  return std::make_shared<Meeting>(nRanks, timeLimitMs);
-}
-std::unique_ptr<DeviceBootstrap> makeBootstrap(std::shared_ptr<Meeting> meeting, int rank) {
-  return std::make_unique<MeetingBootstrap>(std::move(meeting), rank);
-}
-
 char* Arena::take(size_t bytes) {
-  const size_t whole = (bytes + kZone - 1) / kZone * kZone + 2 * kZone;
+  const size_t whole = std::max((bytes + kZone - 1) / kZone * kZone + 2 * kZone, minPiece_);
   if (used_ + whole > bytes_) return nullptr;
   char* piece = base_ + used_ + kZone;
   used_ += whole;
@@ -99,18 +105,25 @@ char* Arena::take(size_t bytes) {
 }
 
 std::string GpuRank::init(const ncclMoeConfig_t& config, std::shared_ptr<Meeting> meeting, size_t arenaBytes) {
+  return init(
+    [&](ncclMoeComm_t* comm) {
+      return commCreate(comm, nRanks_, rank_, &config, "test", [&](ncclMoeComm& made) {
+        return deviceBackendCreate(made, std::make_unique<MeetingBootstrap>(meeting, rank_));
+      });
+    },
+    arenaBytes);
+}
+
+std::string GpuRank::init(const MakeComm& make, size_t arenaBytes) {
   RANK_CUDA(cudaSetDevice(device_));
   RANK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  RANK_OK(commCreate(&comm_, nRanks_, rank_, &config, "test",
-                     [&](ncclMoeComm& made) { return deviceBackendCreate(made, makeBootstrap(meeting, rank_)); }),
-          nullptr);
-  if (arenaBytes > 0) {
-    RANK_CUDA(cudaMalloc(&plain_, arenaBytes));
-    void* reachable = nullptr;
-    RANK_OK(ncclMoeMemAlloc(&reachable, arenaBytes, comm_), comm_);
-    plainArena_ = Arena(plain_, arenaBytes);
-    reachableArena_ = Arena(static_cast<char*>(reachable), arenaBytes);
-  }
+  RANK_OK(make(&comm_), nullptr);
+  if (arenaBytes == 0) return "";
+  RANK_CUDA(cudaMalloc(&plain_, arenaBytes));
+  void* reachable = nullptr;
+  RANK_OK(ncclMoeMemAlloc(&reachable, arenaBytes, comm_), comm_);
+  plainArena_ = Arena(plain_, arenaBytes);
+  reachableArena_ = Arena(static_cast<char*>(reachable), arenaBytes);
   return "";
 }
 
@@ -169,20 +182,30 @@ std::string GpuRank::download() {
   return "";
 }
 
-void GpuRank::forget() {
+void GpuRank::forget(size_t minPiece) {
   pieces_.clear();
-  plainArena_.reset();
-  reachableArena_.reset();
+  plainArena_.reset(minPiece);
+  reachableArena_.reset(minPiece);
 }
 
-std::string runGpuThreads(int nRanks, int timeLimitMs, const GpuBody& body) {
+std::vector<std::string> runGpuRanks(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body) {
   ClusterOptions options;
   options.nRanks = nRanks;
+  options.ranksPerProcess = as == RanksAs::threads ? 0 : 1;
   options.timeLimitMs = timeLimitMs;
   // Every rank of a GPU needs a hardware queue of its own, or one rank's kernel may wait behind another's that waits for it.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
-  const auto meeting = makeMeeting(nRanks, timeLimitMs);
-  return runRanks(options, [&](Rank& rank) { return body(rank.rank(), meeting); }).failures();
+  const auto meeting = std::make_shared<Meeting>(nRanks, timeLimitMs);
+  return runRanks(options, [&](Rank& rank) { return body(rank.rank(), meeting); }).ranks;
+}
+
+std::string runGpu(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body) {
+  std::string failures;
+  const std::vector<std::string> ranks = runGpuRanks(nRanks, as, timeLimitMs, body);
+  for (int r = 0; r < nRanks; r++) {
+    if (!ranks[r].empty()) failures += format("rank %d: %s\n", r, ranks[r].c_str());
+  }
+  return failures;
 }
 
 } // namespace moe::test

@@ -1,4 +1,4 @@
-// Ranks on GPUs: threads of one process, each with a stream, that share the GPUs there are.
+// Ranks on GPUs: threads of one process or processes, each with a stream, that share the GPUs there are.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,23 +22,22 @@ int gpuCount();
     if (gpuCount() < (n)) GTEST_SKIP() << "needs " << (n) << " CUDA device(s), found " << gpuCount();                  \
   } while (0)
 
-// Where the threads of a process meet.
-class Meeting;
-std::shared_ptr<Meeting> makeMeeting(int nRanks, int timeLimitMs);
-std::unique_ptr<DeviceBootstrap> makeBootstrap(std::shared_ptr<Meeting> meeting, int rank);
+class Meeting; // where the ranks exchange a few bytes
+bool meet(Meeting& meeting, int rank, const void* mine, size_t bytes, void* all);
 
 // Device memory handed out piece by piece, with poisoned zones between the pieces.
 class Arena {
  public:
   Arena() = default;
   Arena(char* base, size_t bytes) : base_(base), bytes_(bytes) {}
-  // NULL if it does not fit.
+  // NULL if it does not fit.  Pieces are at least minPiece bytes apart: those of the same calls have the same addresses
+  // whatever their sizes.
   char* take(size_t bytes);
-  void reset() { used_ = 0; }
+  void reset(size_t minPiece = 0) { used_ = 0, minPiece_ = minPiece; }
 
  private:
   char* base_ = nullptr;
-  size_t bytes_ = 0, used_ = 0;
+  size_t bytes_ = 0, used_ = 0, minPiece_ = 0;
 };
 
 // A rank of a communicator of CUDA memory.
@@ -51,6 +50,9 @@ class GpuRank {
 
   // Makes the communicator and 2 * arenaBytes of memory: one part that peers reach and one that they do not.
   std::string init(const ncclMoeConfig_t& config, std::shared_ptr<Meeting> meeting, size_t arenaBytes);
+  // The same with a communicator made otherwise.
+  using MakeComm = std::function<ncclResult_t(ncclMoeComm_t*)>;
+  std::string init(const MakeComm& make, size_t arenaBytes);
   std::string destroy();
 
   int rank() const { return rank_; }
@@ -60,7 +62,7 @@ class GpuRank {
   // Moves a call's tensors to the device (recvX into memory that peers reach where reachable), and its outputs back.
   template <class Call> std::string upload(Call& call, bool reachable);
   std::string download();
-  void forget(); // the tensors of all calls
+  void forget(size_t minPiece = 0); // the tensors of all calls
 
  private:
   struct Piece {
@@ -93,8 +95,11 @@ template <class Call> std::string GpuRank::upload(Call& call, bool reachable) {
   return wrong;
 }
 
-// Runs nRanks threads in a fresh process, rank r on device r % nDevices; the time limit makes a hang a failure.
+// Runs the ranks in fresh processes; the time limit makes a hang a failure.  runGpu returns all the failures, runGpuRanks
+// what each rank said.
+enum class RanksAs { threads, processes };
 using GpuBody = std::function<std::string(int rank, std::shared_ptr<Meeting> meeting)>;
-std::string runGpuThreads(int nRanks, int timeLimitMs, const GpuBody& body);
+std::vector<std::string> runGpuRanks(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body);
+std::string runGpu(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body);
 
 } // namespace moe::test
