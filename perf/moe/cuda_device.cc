@@ -155,7 +155,8 @@ class CudaDevice : public Device {
       CUDAPERF(cudaMemsetAsync(flush_, i & 0xff, flushBytes_, stream_));
       CUDAPERF(cudaMemsetAsync(flush_, ~i & 0xff, flushBytes_, stream_));
       if (meetingSlots_ != nullptr) {
-        CUDAPERF(launchMeet(static_cast<unsigned* const*>(meetingSlots_), group_.rank(), group_.nRanks(), ++meetings_, stream_));
+        CUDAPERF(launchMeet(static_cast<unsigned* const*>(meetingSlots_), group_.rank(), group_.nRanks(), ++meetings_,
+                            stream_));
       }
       CUDAPERF(cudaEventRecord(begin_, stream_));
       PERFCHECK(call(stream_));

@@ -213,18 +213,25 @@ constexpr int kShared = kWarps * kSumSharedPerWarp;
 cudaError_t prepareCombine() {
   cudaError_t result = cudaSuccess;
   for (auto* kernel : {combineKernel<__nv_bfloat16>, combineKernel<__half>, combineKernel<float>}) {
-    if (result == cudaSuccess) result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (result == cudaSuccess)
+      result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   }
   return result;
 }
 
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
   switch (args.type) {
-  case ncclBfloat16: combineKernel<__nv_bfloat16><<<numSms, kThreads, kShared, stream>>>(args); break;
-  case ncclFloat16: combineKernel<__half><<<numSms, kThreads, kShared, stream>>>(args); break;
-  default: combineKernel<float><<<numSms, kThreads, kShared, stream>>>(args); break;
+  case ncclBfloat16:
+    combineKernel<__nv_bfloat16><<<numSms, kThreads, kShared, stream>>>(args);
+    break;
+  case ncclFloat16:
+    combineKernel<__half><<<numSms, kThreads, kShared, stream>>>(args);
+    break;
+  default:
+    combineKernel<float><<<numSms, kThreads, kShared, stream>>>(args);
+    break;
   }
   return cudaGetLastError();
 }
 
-}  // namespace moe
+} // namespace moe

@@ -12,8 +12,8 @@
 
 namespace moe {
 
-constexpr int kSumUnroll = 2;  // vectors of a lane in a slot
-constexpr int kSumDepth = 7;   // slots
+constexpr int kSumUnroll = 2; // vectors of a lane in a slot
+constexpr int kSumDepth = 7;  // slots
 constexpr int kSumSharedPerWarp = kSumDepth * kSumUnroll * 32 * sizeof(uint4);
 
 // Sixteen bytes of a row as floats, and back.
@@ -76,15 +76,16 @@ struct RowList {
 
 // How the rows of a list are added.
 enum class Sum {
-  plain,     // as they are
-  weighted,  // times their weights, each product rounded
-  mixed      // the first nOwn weighted, and their sum rounded to the type; that is added after nBefore of the others
+  plain,    // as they are
+  weighted, // times their weights, each product rounded
+  mixed     // the first nOwn weighted, and their sum rounded to the type; that is added after nBefore of the others
 };
 
 __device__ __forceinline__ void copyAsync(uint4* shared, const uint4* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+    "l"(global)
+    : "memory");
 }
 
 template <int kElems> __device__ __forceinline__ void add(float* acc, const float* f) {
@@ -160,4 +161,4 @@ __device__ __forceinline__ void sumRows(const RowList& list, int nRows, int nOwn
   }
 }
 
-}  // namespace moe
+} // namespace moe
