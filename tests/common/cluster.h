@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -56,6 +57,14 @@ struct ClusterOptions {
   uint64_t seed = 1;   // of the ranks' random numbers
   bool jitter = false; // Rank::jitter sleeps
 };
+
+// Where the ranks of a parameterised test run.
+struct Place {
+  const char* name;
+  int ranksPerProcess;
+  int nHosts;
+};
+inline void PrintTo(const Place& place, std::ostream* out) { *out << place.name; } // NOLINT: GoogleTest's name for it
 
 // What a rank's body sees.
 class Rank {

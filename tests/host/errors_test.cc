@@ -20,12 +20,6 @@ World smallWorld(int nRanks) {
   return world;
 }
 
-// Where the ranks of a test run.
-struct Place {
-  const char* name;
-  int ranksPerProcess;
-  int nHosts;
-};
 const Place kPlaces[] = {{"threads", 0, 0}, {"processes", 1, 0}, {"hosts", 1, 2}};
 
 ClusterOptions optionsFor(const Place& place, int nRanks) {
@@ -44,22 +38,22 @@ DispatchProblem busyProblem(const World& world, ncclMoeLayout_t layout) {
   p.nExperts = world.nExperts;
   p.expertToRank = world.expertToRank;
   p.topK = 3;
-  p.hidden = 40;
+  p.hidden = 48;
   p.maxTokens = world.maxTokens;
-  p.type = ncclFloat32;
+  p.type = ncclBfloat16;
   p.layout = layout;
   p.weighted = true;
-  p.scaleBytes = 8;
+  p.scaleBytes = 4;
   p.sources.resize(static_cast<size_t>(world.nRanks));
   for (size_t s = 0; s < p.sources.size(); s++) {
     Source& source = p.sources[s];
     source.nTokens = 20 + static_cast<int>(s);
     const size_t nTokens = static_cast<size_t>(source.nTokens);
     fillSelections(random, world, Selections::uniform, p.topK, &source);
-    source.x.resize(nTokens * 40 * 4);
-    fillElements(random, p.type, false, false, source.x.data(), nTokens * 40);
+    source.x.resize(nTokens * 48 * 2);
+    fillElements(random, p.type, false, false, source.x.data(), nTokens * 48);
     source.topkWeights.assign(nTokens * 3, 0.5f);
-    source.scales.assign(nTokens * 8, 9);
+    source.scales.assign(nTokens * 4, 9);
   }
   return p;
 }
@@ -75,8 +69,7 @@ std::string exchange(Rank& rank, ncclMoeRouting_t routing, const Reference& refe
 }
 
 class Errors : public testing::TestWithParam<Place> {};
-INSTANTIATE_TEST_SUITE_P(Places, Errors, testing::ValuesIn(kPlaces),
-                         [](const testing::TestParamInfo<Place>& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Places, Errors, testing::ValuesIn(kPlaces), testing::PrintToStringParamName());
 
 TEST_P(Errors, ReceiveCapacityExceeded) {
   const int nRanks = 3;
@@ -189,11 +182,9 @@ TEST_P(Errors, DispatchMismatch) {
   const std::vector<Mismatch> table = {
     {"hidden", [](Args& a) { a.hidden = 32; }},
     {"type", [](Args& a) { a.type = ncclFloat16; }},
-    {"scaleBytes", [](Args& a) { a.scaleBytes = 4; }},
+    {"scaleBytes", [](Args& a) { a.scaleBytes = 2; }},
     {"quant",
      [](Args& a) {
-       a.type = ncclBfloat16;
-       a.hidden = 32;
        a.quant = ncclMoeQuantFp8;
        a.scales = nullptr;
        a.scaleBytes = 0;
@@ -244,7 +235,7 @@ TEST_P(Errors, CombineMismatch) {
   Random random(testSeed());
   CombineProblem problem = randomCombine(random, world, reference);
   while (problem.exact || problem.withGradWeights || !problem.weighted || problem.type != ncclFloat32 ||
-         problem.hidden < 8) {
+         problem.hidden % 8 != 0) {
     problem = randomCombine(random, world, reference);
   }
   using Args = ncclMoeCombineArgs_t;

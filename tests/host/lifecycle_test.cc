@@ -173,11 +173,6 @@ TEST(Cycles, RoutingsComeAndGo) {
   EXPECT_EQ(result.failures(), "");
 }
 
-struct Place {
-  const char* name;
-  int ranksPerProcess;
-  int nHosts;
-};
 const Place kPlaces[] = {{"threads", 0, 0}, {"processes", 1, 0}, {"hosts", 1, 2}, {"mixed", 2, 2}};
 
 class Lifecycle : public testing::TestWithParam<Place> {
@@ -190,8 +185,7 @@ class Lifecycle : public testing::TestWithParam<Place> {
     return options;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Places, Lifecycle, testing::ValuesIn(kPlaces),
-                         [](const testing::TestParamInfo<Place>& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Places, Lifecycle, testing::ValuesIn(kPlaces), testing::PrintToStringParamName());
 
 TEST_P(Lifecycle, Info) {
   const int nRanks = 4;

@@ -19,7 +19,7 @@ void runJobs(int nJobs, int nRoutings, int nRounds, const WorldLimits& limits, C
   }
 }
 
-TEST(Property, ThreadsOfOneProcess) { runJobs(100, 2, 3, WorldLimits(), ClusterOptions()); }
+TEST(Property, ThreadsOfOneProcess) { runJobs(60, 2, 3, WorldLimits(), ClusterOptions()); }
 
 TEST(Property, OneRank) {
   WorldLimits limits;
