@@ -1,6 +1,7 @@
 // Entry points of communicators and their memory.
 #include <limits>
 #include <string>
+#include <unordered_map>
 
 #include "api/entry.h"
 #include "base/param.h"
@@ -206,9 +207,11 @@ MOE_API_ALIAS(ncclMoeCommGetAsyncError);
 
 MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) {
   if (moe == nullptr) return lastError();
-  static thread_local std::string copy; // another thread may be changing the communicator's
+  // Copies, for another thread may be changing the communicator's; one each, for the caller may hold several.
+  static thread_local std::unordered_map<ncclMoeComm_t, std::string> copies;
   if (moe->magic != kCommMagic) return "moe is not a communicator";
   std::lock_guard<std::mutex> lock(moe->errorMutex);
+  std::string& copy = copies[moe];
   copy = moe->lastError;
   return copy.c_str();
 }
