@@ -6,8 +6,8 @@ namespace {
 
 using Phase = ncclMoeRouting::Phase;
 
-size_t elementBytes(ncclDataType_t type) {
-  switch (static_cast<int>(type)) {
+size_t elementBytes(int type) {
+  switch (type) {
   case ncclFloat32:
     return 4;
   case ncclBfloat16:
@@ -50,27 +50,29 @@ ncclResult_t checkRow(const ncclMoeComm& comm, int hidden, size_t elemBytes, con
 ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, bool padded, int64_t rows, const char* function) {
   constexpr int kMaxScaleBytes = 4096;
   int scaleBytes = a.scaleBytes;
-  if (a.quant != ncclMoeQuantNone) {
-    CHECK_ARG(a.quant == ncclMoeQuantFp8 || a.quant == ncclMoeQuantFp8Ue8m0, "%s: args.quant %d is unknown", function,
-              static_cast<int>(a.quant));
+  const int quant = enumValue(a.quant);
+  const int scaleLayout = enumValue(a.scaleLayout);
+  if (quant != ncclMoeQuantNone) {
+    CHECK_ARG(quant == ncclMoeQuantFp8 || quant == ncclMoeQuantFp8Ue8m0, "%s: args.quant %d is unknown", function,
+              quant);
     CHECK_ARG(a.type == ncclBfloat16, "%s: args.quant needs args.type ncclBfloat16", function);
     CHECK_ARG(a.hidden % 16 == 0, "%s: args.hidden %d is not a multiple of 16, which the FP8 cast needs", function,
               a.hidden);
     CHECK_ARG(a.scales == nullptr && a.scaleBytes == 0, "%s: args.scales and args.scaleBytes do not go with args.quant",
               function);
-    scaleBytes = NCCL_MOE_QUANT_SCALE_BYTES(a.quant, a.hidden);
+    scaleBytes = NCCL_MOE_QUANT_SCALE_BYTES(quant, a.hidden);
   }
   CHECK_ARG(scaleBytes >= 0 && scaleBytes <= kMaxScaleBytes, "%s: args.scaleBytes %d is not in 0..%d", function,
             scaleBytes, kMaxScaleBytes);
   CHECK_ARG(a.scales == nullptr || scaleBytes > 0, "%s: args.scales is given but args.scaleBytes is 0", function);
-  CHECK_ARG(a.quant != ncclMoeQuantNone || a.scales != nullptr || scaleBytes == 0 || a.nTokens == 0,
+  CHECK_ARG(quant != ncclMoeQuantNone || a.scales != nullptr || scaleBytes == 0 || a.nTokens == 0,
             "%s: args.scaleBytes is %d but args.scales is NULL", function, scaleBytes);
   CHECK_ARG(scaleBytes == 0 || a.recvScales != nullptr || rows == 0, "%s: args.recvScales is NULL", function);
   CHECK_ARG(scaleBytes > 0 || a.recvScales == nullptr, "%s: args.recvScales is given but there are no scales",
             function);
-  CHECK_ARG(a.scaleLayout == ncclMoeScaleRowMajor || a.scaleLayout == ncclMoeScaleColumnMajor,
-            "%s: args.scaleLayout %d is unknown", function, static_cast<int>(a.scaleLayout));
-  if (a.scaleLayout == ncclMoeScaleColumnMajor && scaleBytes > 0) {
+  CHECK_ARG(scaleLayout == ncclMoeScaleRowMajor || scaleLayout == ncclMoeScaleColumnMajor,
+            "%s: args.scaleLayout %d is unknown", function, scaleLayout);
+  if (scaleLayout == ncclMoeScaleColumnMajor && scaleBytes > 0) {
     CHECK_ARG(scaleBytes % 4 == 0, "%s: args.scaleBytes %d is not a multiple of 4, which column-major scales need",
               function, scaleBytes);
     CHECK_ARG(rows % 4 == 0, "%s: %s %lld is not a multiple of 4, which column-major scales need", function,
@@ -87,9 +89,10 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
   CHECK_ARG((a.flags & ~(NCCL_MOE_SEND_ONLY | NCCL_MOE_KEEP_ROUTING)) == 0, "%s: args.flags 0x%x has unknown bits",
             function, a.flags);
   MOECHECK(checkNotPending(routing, function));
-  const size_t elemBytes = elementBytes(a.type);
+  const int type = enumValue(a.type);
+  const size_t elemBytes = elementBytes(type);
   CHECK_ARG(elemBytes != 0, "%s: args.type %d is not ncclBfloat16, ncclFloat16, ncclFloat32 or ncclMoeFloat8e4m3",
-            function, static_cast<int>(a.type));
+            function, type);
   MOECHECK(checkRow(comm, a.hidden, elemBytes, function));
   CHECK_ARG(a.nTokens >= 0 && a.nTokens <= routing.config.maxTokens, "%s: args.nTokens %d is not in 0..%d", function,
             a.nTokens, routing.config.maxTokens);
@@ -102,9 +105,10 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
               a.nTokens, routing.nTokens);
   } else {
     CHECK_ARG(a.topkIdx != nullptr || !hasTokens, "%s: args.topkIdx is NULL", function);
-    CHECK_ARG(a.topkIdxType == ncclInt32 || a.topkIdxType == ncclInt64,
-              "%s: args.topkIdxType %d is not ncclInt32 or ncclInt64", function, static_cast<int>(a.topkIdxType));
-    CHECK_ARG(aligned(a.topkIdx, a.topkIdxType == ncclInt64 ? 8 : 4), "%s: args.topkIdx is not aligned to its elements",
+    const int idxType = enumValue(a.topkIdxType);
+    CHECK_ARG(idxType == ncclInt32 || idxType == ncclInt64, "%s: args.topkIdxType %d is not ncclInt32 or ncclInt64",
+              function, idxType);
+    CHECK_ARG(aligned(a.topkIdx, idxType == ncclInt64 ? 8 : 4), "%s: args.topkIdx is not aligned to its elements",
               function);
   }
   CHECK_ARG(a.x != nullptr || !hasTokens, "%s: args.x is NULL", function);
@@ -142,9 +146,10 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
             a.flags);
   MOECHECK(checkNotPending(routing, function));
   if (routing.phase == Phase::empty) return fail(ncclInvalidUsage, "%s: the routing has had no dispatch", function);
-  CHECK_ARG(a.type == ncclBfloat16 || a.type == ncclFloat16 || a.type == ncclFloat32,
-            "%s: args.type %d is not ncclBfloat16, ncclFloat16 or ncclFloat32", function, static_cast<int>(a.type));
-  MOECHECK(checkRow(comm, a.hidden, elementBytes(a.type), function));
+  const int type = enumValue(a.type);
+  CHECK_ARG(type == ncclBfloat16 || type == ncclFloat16 || type == ncclFloat32,
+            "%s: args.type %d is not ncclBfloat16, ncclFloat16 or ncclFloat32", function, type);
+  MOECHECK(checkRow(comm, a.hidden, elementBytes(type), function));
   CHECK_ARG(aligned(a.x, 16), "%s: args.x is not aligned to 16 bytes", function);
   CHECK_ARG(a.out != nullptr || routing.nTokens == 0, "%s: args.out is NULL", function);
   CHECK_ARG(aligned(a.out, 16), "%s: args.out is not aligned to 16 bytes", function);

@@ -39,8 +39,9 @@ ncclResult_t loadConfig(const ncclMoeConfig_t* from, int nRanks, const char* fun
     return fail(ncclInvalidArgument, "%s: config.maxRowBytes %zu is not a multiple of 16 in 16..%zu", function,
                 c.maxRowBytes, kMaxRowBytes);
   }
-  if (c.mode != ncclMoeModeAuto && c.mode != ncclMoeModeThroughput && c.mode != ncclMoeModeLatency) {
-    return fail(ncclInvalidArgument, "%s: config.mode %d is unknown", function, static_cast<int>(c.mode));
+  const int mode = enumValue(c.mode);
+  if (mode != ncclMoeModeAuto && mode != ncclMoeModeThroughput && mode != ncclMoeModeLatency) {
+    return fail(ncclInvalidArgument, "%s: config.mode %d is unknown", function, mode);
   }
   if (c.numSms < 0) return fail(ncclInvalidArgument, "%s: config.numSms %d is negative", function, c.numSms);
   if (c.timeoutMs < 0) return fail(ncclInvalidArgument, "%s: config.timeoutMs %d is negative", function, c.timeoutMs);

@@ -44,6 +44,14 @@ template <class Body> ncclResult_t enter(ncclMoeComm* comm, const char* function
   return result;
 }
 
+// The number that a caller put where an enumerator belongs: loading one that is none is undefined in C++.
+template <class Enum> int enumValue(const Enum& from) {
+  int value = 0;
+  static_assert(sizeof(from) == sizeof(value), "enumerations of the C interface are ints");
+  memcpy(&value, &from, sizeof(value));
+  return value;
+}
+
 // Copies a caller's struct, which may be of an older header (then the missing fields are zero) or of a newer one (then
 // the fields unknown here must be zero).
 template <class T> ncclResult_t loadStruct(const T* from, T* to, const char* function, const char* argument) {

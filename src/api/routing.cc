@@ -19,9 +19,9 @@ ncclResult_t loadRoutingConfig(const ncclMoeComm& comm, const ncclMoeRoutingConf
     return fail(ncclInvalidArgument, "%s: config.maxTokens %d is not in 0..%d (the communicator's)", function,
                 config->maxTokens, comm.config.maxTokens);
   }
-  if (config->layout != ncclMoeLayoutRankMajor && config->layout != ncclMoeLayoutExpertMajor &&
-      config->layout != ncclMoeLayoutExpertPadded) {
-    return fail(ncclInvalidArgument, "%s: config.layout %d is unknown", function, static_cast<int>(config->layout));
+  const int layout = enumValue(config->layout);
+  if (layout != ncclMoeLayoutRankMajor && layout != ncclMoeLayoutExpertMajor && layout != ncclMoeLayoutExpertPadded) {
+    return fail(ncclInvalidArgument, "%s: config.layout %d is unknown", function, layout);
   }
   if (config->expertAlignment < 0 || config->expertAlignment > kMaxAlignment) {
     return fail(ncclInvalidArgument, "%s: config.expertAlignment %d is not in 0..%d", function, config->expertAlignment,
