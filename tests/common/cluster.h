@@ -24,8 +24,9 @@ constexpr bool kSanitized = true;
 #else
 constexpr bool kSanitized = false;
 #endif
-// How much less to do (or longer to wait) under a sanitizer.
-constexpr int kSlow = kSanitized ? 6 : 1;
+// How much less to do, and how much longer to wait, under a sanitizer.
+constexpr int kFewer = kSanitized ? 6 : 1;
+constexpr int kSlow = kSanitized ? 3 : 1;
 
 // The seed of this run: MOE_TEST_SEED, or else new at each start.  Printed by every test that fails.
 uint64_t testSeed();

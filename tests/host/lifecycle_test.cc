@@ -157,7 +157,7 @@ TEST(Cycles, RoutingsComeAndGo) {
     ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
     size_t memory = 0;
     std::unique_ptr<Holdings> before;
-    for (int i = 0; i < 400 / kSlow; i++) {
+    for (int i = 0; i < 400 / kFewer; i++) {
       if (i == 20) {
         before = std::make_unique<Holdings>();
         RANK_OK(ncclMoeCommGetInfo(rank.comm(), &info), rank.comm());

@@ -8,7 +8,7 @@ namespace {
 
 // Runs jobs from consecutive seeds; stops at the first that fails, whose seed alone repeats it.
 void runJobs(int nJobs, int nRoutings, int nRounds, const WorldLimits& limits, ClusterOptions options) {
-  nJobs = nJobs / kSlow > 0 ? nJobs / kSlow : 1;
+  nJobs = nJobs / kFewer > 0 ? nJobs / kFewer : 1;
   for (int i = 0; i < nJobs; i++) {
     const uint64_t seed = testSeed() + static_cast<uint64_t>(i);
     const Job job = randomJob(seed, nRoutings, nRounds, limits);
