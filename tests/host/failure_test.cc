@@ -125,7 +125,7 @@ TEST_P(Failure, KilledPeer) {
 
 TEST_P(Failure, KilledAtAnyPointOfInit) {
   Random random(testSeed() + 1);
-  const int nTrials = kSanitized ? 3 : 10;
+  const int nTrials = kSanitized ? 3 : 8;
   for (int trial = 0; trial < nTrials; trial++) {
     const int nRanks = 3;
     const int victim = trial % nRanks;
@@ -134,7 +134,7 @@ TEST_P(Failure, KilledAtAnyPointOfInit) {
       options(nRanks),
       [&](Rank& rank) -> std::string {
         // Init fails (the rank did not come, or went), or the first collective does.
-        const ncclResult_t result = rank.init(config(800 * kSlow));
+        const ncclResult_t result = rank.init(config(500 * kSlow));
         if (result != ncclSuccess) {
           return expectResult("init with a peer that is killed", result, ncclRemoteError, nullptr, "rank");
         }
@@ -151,7 +151,7 @@ TEST_P(Failure, KilledAtAnyPointOfInit) {
         EXPECT_EQ(result.ranks[rank], "") << "rank " << rank << ", victim " << victim << ", " << afterUs;
       }
     }
-    ASSERT_LT(result.elapsedMs, kQuicklyMs + 800 * kSlow) << "victim " << victim;
+    ASSERT_LT(result.elapsedMs, kQuicklyMs + 500 * kSlow) << "victim " << victim;
   }
 }
 

@@ -332,7 +332,7 @@ TEST(Rendezvous, WrongToken) {
         return initAndSmoke(rank, config());
       },
       [&](Rank&) -> std::string {
-        ncclMoeConfig_t c = config(1000 * kSlow);
+        ncclMoeConfig_t c = config(350 * kSlow);
         for (const char* token : {"a token of the test", "a token of the tests ", "x"}) {
           c.jobToken = token;
           ncclMoeComm_t comm = nullptr;
