@@ -438,14 +438,15 @@ void engineMain() {
   while (!s.stop) {
     // Requests, a fragment of each queue pair in turn.
     bool moved = true;
+    Time looked = Clock::now();
     for (int round = 0; moved && round < 16; round++) {
       moved = false;
       std::vector<uint32_t> turn(s.active.begin(), s.active.end());
       if (s.reorder) std::shuffle(turn.begin(), turn.end(), s.random);
-      Time now = Clock::now();
+      looked = Clock::now();
       for (uint32_t qpn : turn) {
         auto it = s.qps.find(qpn);
-        if (it != s.qps.end() && s.active.count(qpn) != 0) moved = sendFragment(*it->second, now) || moved;
+        if (it != s.qps.end() && s.active.count(qpn) != 0) moved = sendFragment(*it->second, looked) || moved;
       }
       breathe(lock);
     }
@@ -455,8 +456,9 @@ void engineMain() {
       promoteDelayed(*cq, now);
       for (const auto& entry : cq->delayed) deadline = std::min(deadline, entry.ready);
     }
+    // Also a hold that has run out since the queue pair was looked at: nothing else would wake this thread.
     for (uint32_t qpn : s.active)
-      if (Time hold = s.qps[qpn]->holdUntil; hold > now) deadline = std::min(deadline, hold);
+      if (Time hold = s.qps[qpn]->holdUntil; hold >= looked) deadline = std::min(deadline, std::max(hold, now));
     setTimer(deadline, now);
     s.sleeping = !moved;
     lock.unlock();
