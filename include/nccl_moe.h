@@ -150,10 +150,11 @@ ncclResult_t ncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoeC
 ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoeConfig_t* config);
 
 /* Makes a communicator over host memory.  Ranks are threads or processes; those of one machine (the same NCCL_HOSTID,
- * or else the same boot) meet in shared memory, others over TCP.  Collective; waits for all ranks, timeoutMs at most.
+ * or else the same host name and boot) meet in shared memory; others, and those that cannot open each other's memory,
+ * over TCP.  Collective; waits for all ranks, timeoutMs at most.
  *   rendezvous  "tcp://HOST:PORT": rank 0 listens there, the others connect; or
- *               "file:///PATH": rank 0 writes its address to PATH (made new, readable by its user alone, gone after
- *               init), which all ranks must see.  Used by one job at a time.
+ *               "file:///PATH": rank 0 writes its address to PATH (made new, also in place of one that an earlier job
+ *               left behind; readable by its user alone; gone after init), which all ranks must see.  Used by one job at a time.
  * Errors: ncclInvalidArgument, ncclSystemError, ncclRemoteError (a rank did not come, or does not agree on the config).
  * *moe is NULL after an error. */
 ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
@@ -190,8 +191,8 @@ const char* ncclMoeGetLastError(ncclMoeComm_t moe);
 const char* pncclMoeGetLastError(ncclMoeComm_t moe);
 
 /* Device memory that all ranks of the communicator reach.  Rows that are dispatched from or received into it, or
- * combined from it, move without a staging copy.  Collective with the same bytes (> 0) on every rank; synchronises the
- * host; not capturable. *ptr is aligned to 128 bytes at least, its content undefined.  Freed by ncclMoeMemFree
+ * combined from it, move without a staging copy (but on the host backend, where this is ordinary memory).  Collective
+ * with the same bytes (> 0) on every rank; synchronises the host; not capturable. *ptr is aligned to 128 bytes at least, its content undefined.  Freed by ncclMoeMemFree
  * (collective) or with the communicator.  Errors: ncclInvalidArgument, ncclRemoteError, ncclUnhandledCudaError,
  * ncclSystemError. */
 ncclResult_t ncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
@@ -209,7 +210,7 @@ typedef enum {
                                  * starting at a multiple of expertAlignment; within a group ordered by (source rank,
                                  * token). N counts the groups rounded up to expertAlignment. */
   ncclMoeLayoutExpertPadded = 2 /* [L, R*maxTokens, H]: expert l's rows are the first expertCounts[l] of its plane,
-                                 * ordered by (source rank, token) */
+                                 * ordered by (source rank, token). N is the sum of the counts. */
 } ncclMoeLayout_t;
 
 typedef struct ncclMoeRoutingConfig {
@@ -238,8 +239,9 @@ ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRouting
 ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 ncclResult_t pncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 
-/* Frees a routing after its enqueued work; local, synchronises the host.  NULL is fine.  Errors: ncclInvalidArgument.
- */
+/* Frees a routing after its enqueued work; local, synchronises the host.  A SEND_ONLY call that was not completed is
+ * completed first on the host backend, which waits for the peers that do the same.  NULL is fine.
+ * Errors: ncclInvalidArgument, ncclRemoteError. */
 ncclResult_t ncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe);
 ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe);
 
@@ -291,7 +293,8 @@ typedef struct ncclMoeDispatchArgs {
   int nTokens;           /* T, 0 to the routing's maxTokens; ranks may differ */
   const int* nTokensDev; /* device memory, or NULL: T is read from here when the work runs, clamped to 0..nTokens */
   const void* topkIdx;   /* [T, K] global expert ids of topkIdxType; -1: no expert.  A token may not name an expert
-                          * twice.  Ids out of range or repeated are an error that names token and position. */
+                          * twice.  Ids out of range or repeated are an error that names token and position, on the
+                          * host backend on every rank. */
   ncclDataType_t topkIdxType; /* ncclInt32 or ncclInt64 */
   const float* topkWeights;   /* [T, K] or NULL */
   const void* scales;         /* [T, scaleBytes] opaque bytes that travel with the rows (FP8 rows' scales), or NULL */

@@ -68,14 +68,16 @@ MOE_HD float e4m3ToFloat(uint8_t value) {
   return bitsFloat(sign | finite | (magnitude == 0x7f ? 0x7fc00000 : 0));
 }
 
-// Saturates to +-448, infinities too; a NaN keeps its sign.
-MOE_HD uint8_t floatToE4m3(float value) {
+// Saturates to +-448, infinities too; a NaN keeps its sign.  Wide: loops that narrow in a second pass are faster.
+MOE_HD uint32_t floatToE4m3Wide(float value) {
   const uint32_t bits = floatBits(value);
   const uint32_t magnitude = bits & 0x7fffffff;
   const uint32_t bounded = magnitude < 0x43e00000 ? magnitude : 0x43e00000; // 448
   const uint32_t nan = magnitude > 0x7f800000 ? 0x7f : 0;
-  return static_cast<uint8_t>(((bits >> 24) & 0x80) | roundMagnitude(bounded, 3, 121) | nan);
+  return ((bits >> 24) & 0x80) | roundMagnitude(bounded, 3, 121) | nan;
 }
+
+MOE_HD uint8_t floatToE4m3(float value) { return static_cast<uint8_t>(floatToE4m3Wide(value)); }
 
 // ------------------------------------------------------------------------------------------ scales of the FP8 cast --
 

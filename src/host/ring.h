@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -139,7 +140,7 @@ class RingPair {
   size_t ringBytes_ = 0;
   UniqueFd fd_;
   UniqueMap head_;
-  UniqueMap data_[2];
+  std::array<UniqueMap, 2> data_;
 };
 
 } // namespace moe

@@ -93,7 +93,9 @@ MOE_INLINE void castLoop(ncclMoeQuant_t quant, const uint16_t* __restrict x, int
       scales[block] = scale.exponent;
     }
     const float factor = scale.factor;
-    for (int i = 0; i < m; i++) out[at + i] = floatToE4m3(bf16ToFloat(x[at + i]) * factor);
+    uint32_t wide[NCCL_MOE_SCALE_BLOCK];
+    for (int i = 0; i < m; i++) wide[i] = floatToE4m3Wide(bf16ToFloat(x[at + i]) * factor);
+    for (int i = 0; i < m; i++) out[at + i] = static_cast<uint8_t>(wide[i]);
   }
   if (quant == ncclMoeQuantFp8Ue8m0) {
     const int bytes = NCCL_MOE_QUANT_SCALE_BYTES(ncclMoeQuantFp8Ue8m0, hidden);
