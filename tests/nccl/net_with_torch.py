@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Runs NCCL's collectives over the net plugin, on a machine with GPUs and PyTorch.
+
+  tests/nccl/net_with_torch.py [--nodes 2] [--plugin build/lib] [--net MOE] [--bench]
+
+Every rank pretends to be a node of its own (NCCL_HOSTID), so that all traffic goes through the network; several ranks may
+share a GPU.  Data are random from a printed seed and checked exactly.  NCCL_NET names the plugin's network, so that NCCL
+cannot fall back to its own in silence.  --net Socket runs the same on NCCL's own transport, for comparison.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def rank_main(args):
+    import torch
+    import torch.distributed as dist
+
+    rank, nodes = args.rank, args.nodes
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method="file://" + args.rendezvous, rank=rank, world_size=nodes)
+    checks = 0
+
+    def inputs(seed, count):
+        # Small integers: sums are exact in FP32 whatever their order.
+        generators = [torch.Generator().manual_seed(seed * 1000 + r) for r in range(nodes)]
+        return [torch.randint(-64, 64, (count,), generator=g).float() for g in generators]
+
+    def check(what, got, want):
+        nonlocal checks
+        checks += 1
+        wrong = int((got.cpu() != want).sum())
+        if wrong:
+            raise SystemExit(f"rank {rank}: {what}: {wrong} of {want.numel()} elements are wrong")
+
+    for round_, count in enumerate([1, 3, 1000, 4096, 65537, 1 << 20, (1 << 22) + 5]):
+        all_ = inputs(args.seed + round_, count * nodes)
+        mine = all_[rank].to(device)
+        x = mine[:count].clone()
+        dist.all_reduce(x)
+        check("all_reduce", x, sum(a[:count] for a in all_))
+        out = torch.full((count * nodes,), float("nan"), device=device)
+        dist.all_gather_into_tensor(out, mine[:count].contiguous())
+        check("all_gather", out, torch.cat([a[:count] for a in all_]))
+        out = torch.full((count * nodes,), float("nan"), device=device)
+        dist.all_to_all_single(out, mine)
+        check("all_to_all", out, torch.cat([a[rank * count:(rank + 1) * count] for a in all_]))
+        out = torch.full((count,), float("nan"), device=device)
+        dist.reduce_scatter_tensor(out, mine)
+        check("reduce_scatter", out, sum(a[rank * count:(rank + 1) * count] for a in all_))
+        to, of = (rank + 1) % nodes, (rank - 1) % nodes
+        out = torch.full((count,), float("nan"), device=device)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine[:count].contiguous(), to),
+                                            dist.P2POp(dist.irecv, out, of)]):
+            work.wait()
+        check("send and receive", out, all_[of][:count])
+    if rank == 0:
+        print(f"{nodes} nodes, NCCL {torch.cuda.nccl.version()}: {checks} checks, 0 wrong", flush=True)
+
+    if args.bench:
+        for bytes_, calls in [(8, 300), (1 << 20, 40), (64 << 20, 10)]:
+            x = torch.ones(max(1, bytes_ // 4), device=device)
+            y = torch.empty_like(x)
+
+            def once():
+                ops = [dist.P2POp(dist.isend, x, 1), dist.P2POp(dist.irecv, y, 1)] if rank == 0 else \
+                      [dist.P2POp(dist.isend, x, 0), dist.P2POp(dist.irecv, y, 0)]
+                if rank < 2:
+                    for work in dist.batch_isend_irecv(ops):
+                        work.wait()
+
+            times = []
+            for i in range(calls + 5):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                once()
+                torch.cuda.synchronize()
+                if i >= 5:
+                    times.append(time.perf_counter() - start)
+            times.sort()
+            us = times[len(times) // 2] * 1e6
+            if rank == 0:
+                print(f"send and receive of {bytes_} bytes, both ways: {us:.1f} us, {bytes_ / us * 1e-3:.2f} GB/s each way",
+                      flush=True)
+    dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--plugin", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../build/lib"))
+    parser.add_argument("--net", default="MOE")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--timeout", type=int, default=120)
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank >= 0:
+        return rank_main(args)
+    print(f"seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(args.nodes):
+            env = dict(os.environ, NCCL_HOSTID=f"node{rank}", NCCL_NET=args.net, NCCL_NVLS_ENABLE="0", NCCL_MNNVL_ENABLE="0",
+                       NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo")
+            if args.net != "Socket":
+                env["NCCL_NET_PLUGIN"] = "moe"
+                env["LD_LIBRARY_PATH"] = args.plugin + ":" + env.get("LD_LIBRARY_PATH", "")
+            command = [sys.executable, os.path.abspath(__file__), "--rank", str(rank), "--rendezvous", folder + "/meet",
+                       "--nodes", str(args.nodes), "--seed", str(args.seed)] + (["--bench"] if args.bench else [])
+            ranks.append(subprocess.Popen(command, env=env))
+        deadline = time.time() + args.timeout
+        status = 0
+        for process in ranks:
+            try:
+                status |= process.wait(max(1, deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                print("a rank did not end in time", flush=True)
+                status = 1
+        for process in ranks:
+            process.kill()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
