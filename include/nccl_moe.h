@@ -192,9 +192,12 @@ const char* pncclMoeGetLastError(ncclMoeComm_t moe);
 
 /* Device memory that all ranks of the communicator reach.  Rows that are dispatched from or received into it, or
  * combined from it, move without a staging copy (but on the host backend, where this is ordinary memory).  Collective
- * with the same bytes (> 0) on every rank; synchronises the host; not capturable. *ptr is aligned to 128 bytes at least, its content undefined.  Freed by ncclMoeMemFree
- * (collective) or with the communicator.  Errors: ncclInvalidArgument, ncclRemoteError, ncclUnhandledCudaError,
- * ncclSystemError. */
+ * with the same bytes (> 0) on every rank; synchronises the host; not capturable.  *ptr is aligned to 128 bytes at
+ * least, its content undefined.  Freed by ncclMoeMemFree (collective) or with the communicator.  Where ranks on GPUs are
+ * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes
+ * back to CUDA with the communicator: cudaFree would wait for all GPUs of the process, and so possibly for a kernel
+ * that waits for this rank.
+ * Errors: ncclInvalidArgument, ncclRemoteError, ncclUnhandledCudaError, ncclSystemError. */
 ncclResult_t ncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t pncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t ncclMoeMemFree(void* ptr, ncclMoeComm_t moe);

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "device/bootstrap.h"
@@ -149,7 +151,7 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     const ncclResult_t result = drain();
     DeviceRouting& state = stateOf(routing);
-    windows_[state.window].reset();
+    releaseWindow(state.window);
     routing.state.reset();
     return result;
   }
@@ -285,7 +287,7 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidArgument, "ncclMoeMemFree: ptr is not ncclMoeMemAlloc memory of this communicator");
     }
     const ncclResult_t result = drain();
-    windows_[*found].reset();
+    releaseWindow(*found);
     userWindows_.erase(found);
     return result;
   }
@@ -387,19 +389,54 @@ class DeviceBackend : public Backend {
     return ncclSuccess;
   }
 
-  // Collective: the same number on every rank, for all make and free windows in the same order.
+  // Collective; the same number on every rank.  Takes a released window where all ranks have released the same one.
   ncclResult_t addWindow(size_t bytes, bool zeroed, int* number) {
-    int free = 0;
-    while (free < kMaxWindows && windows_[free] != nullptr) free++;
-    if (free == kMaxWindows)
+    const auto spare =
+      std::find_if(released_.begin(), released_.end(), [&](int w) { return windows_[w]->bytes() >= bytes; });
+    struct State {
+      std::bitset<kMaxWindows> taken;
+      int spare;
+    } mine{};
+    static_assert(std::is_trivially_copyable<State>::value, "it travels as bytes");
+    for (int w = 0; w < kMaxWindows; w++) mine.taken[w] = windows_[w] != nullptr;
+    mine.spare = spare != released_.end() ? *spare : -1;
+    std::vector<State> all(moe_.nRanks);
+    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
+    bool reuse = mine.spare >= 0;
+    std::bitset<kMaxWindows> taken;
+    for (const State& theirs : all) {
+      reuse = reuse && theirs.spare == mine.spare;
+      taken |= theirs.taken;
+    }
+    int next = 0; // ranks may have released windows in different orders
+    while (next < kMaxWindows && taken[next]) next++;
+    if (reuse) {
+      *number = mine.spare;
+      released_.erase(spare);
+      if (zeroed) CUDACHECK(cudaMemset(windows_[*number]->self(), 0, bytes));
+      CUDACHECK(cudaDeviceSynchronize());
+      return bootstrap_->allGather(&mine, sizeof(mine), all.data()); // nobody writes into it before it is zeroed
+    }
+    if (next == kMaxWindows) {
       return fail(ncclInvalidUsage, "more than %d routings and allocations at a time", kMaxWindows - 1);
+    }
     auto window = std::make_unique<Window>();
     MOECHECK(window->create(*bootstrap_, moe_.rank, moe_.nRanks, bytes, zeroed));
-    CUDACHECK(cudaMemcpy(dWindows_ + free * moe_.nRanks, window->bases().data(), sizeof(char*) * moe_.nRanks,
+    CUDACHECK(cudaMemcpy(dWindows_ + next * moe_.nRanks, window->bases().data(), sizeof(char*) * moe_.nRanks,
                          cudaMemcpyHostToDevice));
-    windows_[free] = std::move(window);
-    *number = free;
+    windows_[next] = std::move(window);
+    *number = next;
     return ncclSuccess;
+  }
+
+  // CUDA frees memory only when every GPU of the process that reaches it is idle; one of them may be running a kernel of NCCL
+  // that waits for this rank's next call.  So where ranks share a process, memory is kept and used again.
+  void releaseWindow(int number) {
+    if (windows_[0]->sharesProcess()) {
+      released_.push_back(number);
+    } else {
+      windows_[number].reset();
+    }
   }
 
   ncclResult_t findWindow(const void* ptr, long long bytes, int* window, long long* offset) const {
@@ -553,6 +590,7 @@ class DeviceBackend : public Backend {
   int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
   std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
   std::vector<int> userWindows_;
+  std::vector<int> released_;
   int nextRouting_ = 0;
   UniqueEvent lastEvent_;
   cudaStream_t lastStream_ = nullptr;

@@ -19,6 +19,7 @@ class Window {
   char* self() const { return own_->get(); }
   size_t bytes() const { return bytes_; }
   const std::vector<char*>& bases() const { return bases_; } // of every rank, as this rank reaches them
+  bool sharesProcess() const { return !shared_.empty(); }
   bool contains(const void* ptr) const {
     return own_ != nullptr && ptr >= own_->get() && ptr < static_cast<const void*>(own_->get() + bytes_);
   }

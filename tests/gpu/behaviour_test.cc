@@ -11,7 +11,7 @@
 namespace moe::test {
 namespace {
 
-constexpr size_t kArenaBytes = size_t{64} << 20;
+constexpr size_t kArenaBytes = size_t{128} << 20;
 constexpr int kTimeLimitMs = 60000;
 
 ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs = 10000) {
@@ -67,7 +67,7 @@ TEST(GpuBehaviour, GraphReplaysWithChangingRoutings) {
   const ExchangeCase first = makeExchange(seed, 3, 200, 256);
   const std::string wrong = runGpu(
     3, RanksAs::threads, kTimeLimitMs, withRank(first, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
-      constexpr size_t kPiece = size_t{4} << 20;
+      constexpr size_t kPiece = size_t{8} << 20;
       DispatchStyle style;
       style.slack = 200 * 3 * 4 + 64 * 16; // any routing fits: the graph keeps the capacity
       ExchangeCase e = makeExchange(seed, 3, 200, 256);
