@@ -138,7 +138,7 @@ struct RoutingLayout {
     expertTotal = expertBase + align128(sizeof(int) * experts);
     expertOffset = expertTotal + align128(sizeof(int) * (experts + 1));
     perRank = expertOffset + align128(sizeof(int) * (experts + 1));
-    bytes = perRank + align128(PerRankBytes * ranks) + 128;
+    bytes = perRank + align128(kPerRankBytes * ranks) + 128;
   }
   // State of one rank of a routing, as seen by the routing's owner.
   struct PerRank {
@@ -149,7 +149,7 @@ struct RoutingLayout {
     int sendBase;     // RANK_MAJOR: slot there of the first row from here
     int recvBase;     // RANK_MAJOR: slot here of the first row from there
   };
-  static constexpr size_t PerRankBytes = sizeof(PerRank);
+  static constexpr size_t kPerRankBytes = sizeof(PerRank);
   // One for the routing.
   struct State {
     int nTokens;

@@ -11,6 +11,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <sstream>
 
 #include "base/error.h"
@@ -40,11 +41,9 @@ int linkSpeed(const std::string& name) {
 }
 
 std::string realPath(const std::string& path) {
-  char* resolved = realpath(path.c_str(), nullptr);
+  const std::unique_ptr<char, decltype(&free)> resolved(realpath(path.c_str(), nullptr), free);
   if (resolved == nullptr) return "";
-  std::string text = resolved;
-  free(resolved);
-  return text;
+  return resolved.get();
 }
 
 // The order in which addresses of one interface are preferred; -1: not usable.
