@@ -55,6 +55,7 @@ void writeAll(int fd, const void* data, size_t bytes) {
     const int perProcess = options.ranksPerProcess > 0 ? options.ranksPerProcess : options.nRanks;
     setenv("NCCL_HOSTID", format("pretended-host-%d", first / perProcess % options.nHosts).c_str(), 1);
   }
+  for (const auto& [name, value] : options.environment) setenv(name.c_str(), value.c_str(), 1);
   std::mutex mutex;
   const auto runRank = [&](int rank) {
     std::string sentence;

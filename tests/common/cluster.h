@@ -13,6 +13,7 @@
 #include <ostream>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nccl_moe.h"
@@ -55,8 +56,9 @@ struct ClusterOptions {
   int nHosts = 0;          // processes take turns on so many pretended hosts (NCCL_HOSTID); 0: leave NCCL_HOSTID alone
   std::string rendezvous;  // "": a fresh file:// one
   int timeLimitMs = 30000 * kSlow;
-  uint64_t seed = 1;   // of the ranks' random numbers
-  bool jitter = false; // Rank::jitter sleeps
+  uint64_t seed = 1;                                            // of the ranks' random numbers
+  bool jitter = false;                                          // Rank::jitter sleeps
+  std::vector<std::pair<std::string, std::string>> environment; // of the processes
 };
 
 // Where the ranks of a parameterised test run.

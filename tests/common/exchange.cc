@@ -63,7 +63,9 @@ DispatchCall::DispatchCall(const Reference& reference, int rank, const DispatchS
   args_.hidden = p.hidden;
   args_.nTokens = source.nTokens;
   if (style.tokensDev) {
-    tokensDev_ = GuardedBuffer::input(std::vector<int>{source.nTokens});
+    // What lies outside 0..nTokens is clamped.
+    const int beyond = source.nTokens == p.maxTokens ? 1 << 30 : source.nTokens == 0 ? -7 : source.nTokens;
+    tokensDev_ = GuardedBuffer::input(std::vector<int>{beyond});
     args_.nTokensDev = tokensDev_.as<int>();
     args_.nTokens = p.maxTokens;
   }

@@ -122,7 +122,11 @@ std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs) 
     rank.jitter();
     RANK_OK(ncclMoeDispatch(&call.args(), routing, rank.comm(), nullptr), rank.comm());
     rank.jitter();
-    if ((style.flags & NCCL_MOE_SEND_ONLY) != 0) RANK_OK(ncclMoeComplete(routing, rank.comm(), nullptr), rank.comm());
+    if ((style.flags & NCCL_MOE_SEND_ONLY) != 0) {
+      // The counts may be asked for before the rows are there.
+      if (job.config.hostCounts == 1) RANK_TRY(checkCounts(*round.reference, rank, routing));
+      RANK_OK(ncclMoeComplete(routing, rank.comm(), nullptr), rank.comm());
+    }
     std::string wrong = call.verify();
     if (!wrong.empty()) return wrong + " in " + describe(round.reference->problem());
     if (outputs != nullptr) append(outputs, call.image());

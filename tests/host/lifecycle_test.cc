@@ -312,6 +312,49 @@ TEST_P(Lifecycle, RoutingsInFlight) {
   }
 }
 
+// Routings that are destroyed between the halves of a call take nothing with them.
+TEST_P(Lifecycle, RoutingDestroyedInFlight) {
+  const int nRanks = 4;
+  WorldLimits limits;
+  limits.minRanks = limits.maxRanks = nRanks;
+  Random random(testSeed() + 50);
+  const World world = randomWorld(random, limits);
+  const Reference reference(randomDispatch(random, world));
+  const CombineProblem problem = randomCombine(random, world, reference);
+  const ClusterResult result = runRanks(options(nRanks), [&](Rank& rank) -> std::string {
+    RANK_OK(rank.init(world.config()), nullptr);
+    const ncclMoeComm_t comm = rank.comm();
+    ncclMoeCommInfo_t before = NCCL_MOE_COMM_INFO_INITIALIZER;
+    ncclMoeCommInfo_t now = NCCL_MOE_COMM_INFO_INITIALIZER;
+    RANK_OK(ncclMoeCommGetInfo(comm, &before), comm);
+    const ncclMoeRoutingConfig_t config = routingConfig(world, reference.problem(), false);
+    size_t bytes = 0;
+    RANK_OK(ncclMoeRoutingMemoryNeeded(comm, &config, &bytes), comm);
+    for (const bool inCombine : {false, true}) {
+      ncclMoeRouting_t routing = nullptr;
+      RANK_OK(ncclMoeRoutingCreate(&routing, comm, &config), comm);
+      RANK_OK(ncclMoeCommGetInfo(comm, &now), comm);
+      RANK_CHECK(now.memoryBytes == before.memoryBytes + bytes, "%zu bytes, expected %zu + %zu", now.memoryBytes,
+                 before.memoryBytes, bytes);
+      DispatchStyle style;
+      style.flags = inCombine ? 0u : NCCL_MOE_SEND_ONLY;
+      const DispatchCall dispatch(reference, rank.rank(), style);
+      const CombineCall combine(reference, problem, rank.rank(), false, NCCL_MOE_SEND_ONLY);
+      RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, comm, nullptr), comm);
+      if (inCombine) RANK_OK(ncclMoeCombine(&combine.args(), routing, comm, nullptr), comm);
+      RANK_OK(ncclMoeRoutingDestroy(routing, comm), comm);
+    }
+    RANK_OK(ncclMoeCommGetInfo(comm, &now), comm);
+    RANK_CHECK(now.memoryBytes == before.memoryBytes);
+    ncclMoeRouting_t routing = nullptr;
+    RANK_OK(ncclMoeRoutingCreate(&routing, comm, &config), comm);
+    const DispatchCall dispatch(reference, rank.rank(), DispatchStyle());
+    RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, comm, nullptr), comm);
+    return dispatch.verify();
+  });
+  EXPECT_EQ(result.failures(), "") << "MOE_TEST_SEED=" << testSeed();
+}
+
 // Rows in memory that the communicator gave.
 TEST_P(Lifecycle, CommunicatorMemory) {
   const int nRanks = 4;

@@ -76,6 +76,19 @@ TEST(Property, TcpRendezvous) {
   runJobs(6, 1, 1, limits, options);
 }
 
+// Rings as small as they can be, so that they fill and wrap, and rows written past the caches.
+TEST(Property, SmallRingsAndStreamingStores) {
+  WorldLimits limits;
+  limits.minRanks = 2;
+  limits.maxRanks = 8;
+  ClusterOptions options;
+  options.environment = {{"NCCL_MOE_HOST_RING_BYTES", "4K"}, {"NCCL_MOE_HOST_STREAM_BYTES", "0"}};
+  runJobs(14, 2, 2, limits, options);
+  options.ranksPerProcess = 2;
+  options.nHosts = 2;
+  runJobs(10, 2, 2, limits, options);
+}
+
 TEST(Property, WithShuffledTiming) {
   ClusterOptions options;
   options.jitter = true;
