@@ -182,7 +182,7 @@ TEST_P(Failure, AbortWhileWaiting) {
     RANK_OK(rank.init(config(kLongTimeoutMs)), nullptr);
     if (rank.rank() == 1) {
       // Stays alive and silent; learns of the abort at its next call.
-      sleepMs(400 * kSlow);
+      sleepMs(1200 * kSlow);
       int rounds = 0;
       return expectResult("a call after the peer's abort", exchangeUntilFailure(rank, &rounds), ncclRemoteError,
                           rank.comm(), "rank 0");
@@ -199,7 +199,7 @@ TEST_P(Failure, AbortWhileWaiting) {
     const int took = millisecondsSince(start);
     aborter.join();
     RANK_TRY(expectRemoteError(rank, result, "abort"));
-    RANK_CHECK(took >= 90 && took < kQuicklyMs, "%d ms", took);
+    RANK_CHECK(took >= 90 && took < 900 * kSlow, "%d ms", took); // before the peer says or does anything
     return "";
   });
   EXPECT_EQ(result.failures(), "");
