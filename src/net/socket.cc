@@ -11,7 +11,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
+#include <filesystem>
 #include <sstream>
 
 #include "base/error.h"
@@ -41,9 +41,8 @@ int linkSpeed(const std::string& name) {
 }
 
 std::string realPath(const std::string& path) {
-  const std::unique_ptr<char, decltype(&free)> resolved(realpath(path.c_str(), nullptr), free);
-  if (resolved == nullptr) return "";
-  return resolved.get();
+  std::error_code missing;
+  return std::filesystem::canonical(path, missing).string();
 }
 
 // The order in which addresses of one interface are preferred; -1: not usable.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <system_error>
 
 #include "base/error.h"
@@ -61,10 +62,8 @@ int portSpeed(const ibv_port_attr& port) {
 }
 
 std::string realPath(const std::string& path) {
-  char* resolved = realpath(path.c_str(), nullptr);
-  const std::string text = resolved != nullptr ? resolved : "";
-  free(resolved);
-  return text;
+  std::error_code missing;
+  return std::filesystem::canonical(path, missing).string();
 }
 
 bool peerMemoryModule() {
