@@ -102,8 +102,8 @@ typedef struct ncclMoeConfig {
   const int* expertToRank; /* host memory [E], copied: the rank of each expert.  NULL: blocks of consecutive experts,
                             * the first E mod R ranks hold one more.  A rank's local expert ids count its experts in
                             * increasing order of their global ids. */
-  size_t maxRowBytes;      /* largest row in bytes, H times the element size, without scales; a multiple of 16.
-                            * Required. */
+  size_t maxRowBytes;      /* largest row in bytes, H times the element size, without scales; a multiple of 16 up to
+                            * 2^24.  Required. */
   ncclMoeMode_t mode;
   int numSms;           /* SMs that a kernel may occupy; 0: the library's choice.  Ignored by the host backend. */
   int timeoutMs;        /* every wait on a peer ends after so long; 0: NCCL_MOE_TIMEOUT_MS, or else 100000 */
@@ -136,8 +136,8 @@ typedef struct ncclMoeCommInfo {
 ncclResult_t ncclMoeGetVersion(int* version);
 ncclResult_t pncclMoeGetVersion(int* version);
 
-/* The device memory that one rank's communicator of this config over nRanks ranks will take; nothing is allocated.
- * Local.  Errors: ncclInvalidArgument. */
+/* The CUDA memory that ncclMoeCommInit with this config over nRanks ranks will take on one rank; nothing is allocated.
+ * Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (this build has no CUDA part). */
 ncclResult_t ncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 ncclResult_t pncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 
@@ -151,7 +151,7 @@ ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoe
 
 /* Makes a communicator over host memory.  Ranks are threads or processes; those of one machine (the same NCCL_HOSTID,
  * or else the same host name and boot) meet in shared memory; others, and those that cannot open each other's memory,
- * over TCP.  Collective; waits for all ranks, timeoutMs at most.
+ * over TCP.  Collective; waits for all ranks to come, timeoutMs at most, and then for their answers, likewise.
  *   rendezvous  "tcp://HOST:PORT": rank 0 listens there, the others connect; or
  *               "file:///PATH": rank 0 writes its address to PATH (made new, also in place of one that an earlier job
  *               left behind; readable by its user alone; gone after init), which all ranks must see.  Used by one job at a time.
@@ -258,7 +258,7 @@ ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t mo
 
 /* ---------------------------------------------------------------------------------------------------- dispatch -- */
 
-/* How dispatch changes rows on their way. */
+/* How dispatch changes rows on their way.  A row has at most 4096 bytes of scales. */
 typedef enum {
   ncclMoeQuantNone = 0,
   /* ncclBfloat16 rows become ncclMoeFloat8e4m3.  Each block of NCCL_MOE_SCALE_BLOCK elements of a row (the last may be

@@ -2,11 +2,13 @@
 // Pure functions over bytes; whatever arrives is untrusted.  Numbers are little-endian.
 //
 //   header   magic u32, version u16, type u16, length u32 of what follows
-//   hello    a rank's first message on every connection: who it is, the job token, its host, what it was configured
-//   with table    rank 0 to each rank, when all have joined: the job's nonce, and host and address of every rank text
-//   refuse (rank 0 to a rank that cannot join) and bye (last message of a rank that leaves): a sentence offer    a
-//   mapping of shared memory that the receiver may open;  answer: whether it did data     bytes of a channel between
-//   ranks of different hosts
+//   hello    a rank's first message on every connection: who it is, the job token, its host, and its config
+//   table    rank 0 to each rank, when all have joined: the job's nonce, and host and address of every rank
+//   refuse   rank 0 to a rank that cannot join: a sentence
+//   bye      the last message of a rank that leaves: why, and a sentence
+//   offer    shared memory that the receiver may open
+//   answer   1 byte.  From rank 0 to a hello that may join: 1.  To an offer: whether the memory was opened
+//   data     bytes of a channel between ranks of different hosts
 #pragma once
 
 #include <cstddef>

@@ -2,9 +2,8 @@
 //
 // Every call goes through the same steps, all over the channels' rings, in which calls follow each other:
 //   1. headers   each rank tells every other what it calls, with which arguments, and what it will send it
-//   2. verdicts  each rank tells every other whether all headers agree with its own and suit it; any verdict that is
-//   not
-//                ok ends the call on every rank with the same sentence, and leaves the communicator usable
+//   2. verdicts  each rank tells every other whether all headers agree with its own and suit it; any verdict but ok
+//                ends the call on every rank with the same sentence, and leaves the communicator usable
 //   3. rows      whatever the call moves; who sends how much to whom is known from the headers
 //   4. flush     between hosts, until the sockets have taken everything
 #pragma once
