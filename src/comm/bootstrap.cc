@@ -323,7 +323,7 @@ enum class Greeting { joined, refused, failed };
 // rank 0 of this job; *why says how that showed.
 Greeting greet(const Job& job, MessageSocket& socket, RankTable* table, std::string* why) {
   socket.queue(MessageType::hello, encodeHello(job.hello));
-  const auto answerBy = Clock::now() + kAnswerTime;
+  const auto answerBy = std::min(Clock::now() + kAnswerTime, std::max(Clock::now(), job.deadline) + kFarewellTime);
   const auto tableBy = Clock::now() + milliseconds(job.config.timeoutMs) + kFarewellTime;
   bool answered = false;
   for (;;) {

@@ -283,6 +283,30 @@ TEST(Rendezvous, RankZeroDoesNotCome) {
   }
 }
 
+// Whoever listens at rank 0's place takes connections and never says a word.
+TEST(Rendezvous, SilentListenerInPlaceOfRankZero) {
+  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  socklen_t size = sizeof(address);
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
+  ASSERT_EQ(listen(listener, 8), 0);
+  ASSERT_EQ(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size), 0);
+  ClusterOptions options;
+  options.rendezvous = tcpUrl(ntohs(address.sin_port));
+  const ClusterResult result = runRanks(options, [&](Rank& rank) -> std::string {
+    const ncclMoeConfig_t c = config(300 * kSlow);
+    ncclMoeComm_t comm = nullptr;
+    RANK_RESULT(ncclMoeCommInitHost(&comm, 2, 1, rank.rendezvous().c_str(), &c), ncclRemoteError, nullptr,
+                "does not answer");
+    return "";
+  });
+  close(listener);
+  EXPECT_EQ(result.failures(), "");
+  EXPECT_LT(result.elapsedMs, 4000 * kSlow); // not the time that rank 0 has for its answer
+}
+
 TEST(Rendezvous, NumbersOfRanksDiffer) {
   ClusterOptions options;
   options.nRanks = 2;
