@@ -1,24 +1,12 @@
 // Entry points of dispatch, combine and complete: everything that one rank can check by itself is checked here.
 #include "api/entry.h"
+#include "base/types.h"
+#include "routing/layout.h"
 
 namespace moe {
 namespace {
 
 using Phase = ncclMoeRouting::Phase;
-
-size_t elementBytes(int type) {
-  switch (type) {
-  case ncclFloat32:
-    return 4;
-  case ncclBfloat16:
-  case ncclFloat16:
-    return 2;
-  case static_cast<int>(ncclMoeFloat8e4m3):
-    return 1;
-  default:
-    return 0;
-  }
-}
 
 bool aligned(const void* ptr, size_t bytes) { return reinterpret_cast<uintptr_t>(ptr) % bytes == 0; }
 
@@ -35,7 +23,7 @@ ncclResult_t checkNotPending(const ncclMoeRouting& routing, const char* function
   return ncclSuccess;
 }
 
-ncclResult_t checkRow(const ncclMoeComm& comm, int hidden, size_t elemBytes, const char* function) {
+ncclResult_t checkRow(const ncclMoeComm& comm, int hidden, int elemBytes, const char* function) {
   CHECK_ARG(hidden > 0, "%s: args.hidden %d is not positive", function, hidden);
   const size_t rowBytes = static_cast<size_t>(hidden) * elemBytes;
   CHECK_ARG(rowBytes % 16 == 0, "%s: args.hidden %d makes rows of %zu bytes, not a multiple of 16", function, hidden,
@@ -48,7 +36,6 @@ ncclResult_t checkRow(const ncclMoeComm& comm, int hidden, size_t elemBytes, con
 
 // rows: how many the receive tensors have.
 ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, bool padded, int64_t rows, const char* function) {
-  constexpr int kMaxScaleBytes = 4096;
   int scaleBytes = a.scaleBytes;
   const int quant = enumValue(a.quant);
   const int scaleLayout = enumValue(a.scaleLayout);
@@ -62,8 +49,8 @@ ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, bool padded, int64_t ro
               function);
     scaleBytes = NCCL_MOE_QUANT_SCALE_BYTES(quant, a.hidden);
   }
-  CHECK_ARG(scaleBytes >= 0 && scaleBytes <= kMaxScaleBytes, "%s: args.scaleBytes %d is not in 0..%d", function,
-            scaleBytes, kMaxScaleBytes);
+  CHECK_ARG(scaleBytes >= 0 && scaleBytes <= WireRow::kMaxScaleBytes, "%s: args.scaleBytes %d is not in 0..%d",
+            function, scaleBytes, WireRow::kMaxScaleBytes);
   CHECK_ARG(a.scales == nullptr || scaleBytes > 0, "%s: args.scales is given but args.scaleBytes is 0", function);
   CHECK_ARG(quant != ncclMoeQuantNone || a.scales != nullptr || scaleBytes == 0 || a.nTokens == 0,
             "%s: args.scaleBytes is %d but args.scales is NULL", function, scaleBytes);
@@ -90,7 +77,7 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
             function, a.flags);
   MOECHECK(checkNotPending(routing, function));
   const int type = enumValue(a.type);
-  const size_t elemBytes = elementBytes(type);
+  const int elemBytes = typeBytes(type);
   CHECK_ARG(elemBytes != 0, "%s: args.type %d is not ncclBfloat16, ncclFloat16, ncclFloat32 or ncclMoeFloat8e4m3",
             function, type);
   MOECHECK(checkRow(comm, a.hidden, elemBytes, function));
@@ -149,7 +136,7 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
   const int type = enumValue(a.type);
   CHECK_ARG(type == ncclBfloat16 || type == ncclFloat16 || type == ncclFloat32,
             "%s: args.type %d is not ncclBfloat16, ncclFloat16 or ncclFloat32", function, type);
-  MOECHECK(checkRow(comm, a.hidden, elementBytes(type), function));
+  MOECHECK(checkRow(comm, a.hidden, typeBytes(type), function));
   CHECK_ARG(aligned(a.x, 16), "%s: args.x is not aligned to 16 bytes", function);
   CHECK_ARG(a.out != nullptr || routing.nTokens == 0, "%s: args.out is NULL", function);
   CHECK_ARG(aligned(a.out, 16), "%s: args.out is not aligned to 16 bytes", function);

@@ -108,9 +108,9 @@ MOE_HD float blockMax(float amax, float value) {
   return magnitude > amax ? magnitude : amax;
 }
 
-// Bytes of one element; 0 for a type that rows do not have.
-MOE_HD int typeBytes(ncclDataType_t type) {
-  switch (static_cast<int>(type)) {
+// Bytes of one element; 0 for a type that rows do not have.  An int, for callers may have put anything there.
+MOE_HD int typeBytes(int type) {
+  switch (type) {
   case static_cast<int>(ncclFloat32):
     return 4;
   case static_cast<int>(ncclBfloat16):

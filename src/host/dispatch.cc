@@ -65,7 +65,7 @@ class DispatchOp final : public Op {
   WireRow wire_{};
   int nextToken_ = 0;
   std::vector<int64_t> sentRows_;
-  uint8_t ownScales_[4096];
+  uint8_t ownScales_[WireRow::kMaxScaleBytes];
 };
 
 void DispatchOp::plan() {

@@ -23,7 +23,6 @@ constexpr auto kLookAround = milliseconds(1); // how often a waiting rank looks 
 constexpr auto kShortNaps = milliseconds(5);  // sleeps are short for so long
 constexpr auto kMediumNaps = milliseconds(50);
 constexpr size_t kAllRingBytes = size_t{1} << 24; // of a rank, unless rows need more
-constexpr size_t kMinRingBytes = size_t{1} << 16;
 
 IntParam ringParam{"NCCL_MOE_HOST_RING_BYTES", 1 << 19, 1 << 12, 1 << 30,
                    "bytes of a ring between two ranks of the host backend (more where the rows of a token need more)"};
@@ -55,9 +54,8 @@ class AgreeOp final : public Op {
 };
 
 size_t widestRow(const CommConfig& config) {
-  constexpr size_t kMaxScaleBytes = 4096;
   const auto k = static_cast<size_t>(config.maxTopK);
-  return WireRow::make(config.maxRowBytes, kMaxScaleBytes, k, k, k).stride;
+  return WireRow::make(config.maxRowBytes, WireRow::kMaxScaleBytes, k, k, k).stride;
 }
 
 } // namespace
@@ -67,7 +65,7 @@ size_t hostRingBytes(const CommConfig& config, int nRanks) {
   const size_t rows = static_cast<size_t>(config.maxTopK) + 2;
   const size_t share = kAllRingBytes / (2 * static_cast<size_t>(std::max(nRanks - 1, 1)));
   const size_t want = std::max(std::min(static_cast<size_t>(ringParam.get()), share), rows * widestRow(config));
-  size_t bytes = std::max(kMinRingBytes, static_cast<size_t>(sysconf(_SC_PAGESIZE)));
+  auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   while (bytes < want) bytes *= 2;
   return bytes;
 }

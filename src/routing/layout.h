@@ -17,6 +17,8 @@ template <class T> MOE_HD T alignUp(T value, T alignment) { return (value + alig
 //   dispatch: payload, scales, local expert ids [K] (-1: not at this rank), weights [K]
 //   combine:  payload, weights [1] of an EXACT row, gradients [K] of the weights (EXACT: [1])
 struct WireRow {
+  static constexpr int kMaxScaleBytes = 4096; // of a row
+
   size_t payloadBytes;
   size_t scaleAt, scaleBytes;
   size_t idAt, nIds;
