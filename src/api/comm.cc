@@ -206,7 +206,7 @@ MOE_API ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* a
 }
 MOE_API_ALIAS(ncclMoeCommGetAsyncError);
 
-MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) {
+MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) try {
   if (moe == nullptr) return lastError();
   // Copies, for another thread may be changing the communicator's; one each, for the caller may hold several.
   static thread_local std::unordered_map<ncclMoeComm_t, std::string> copies;
@@ -215,6 +215,8 @@ MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) {
   std::string& copy = copies[moe];
   copy = moe->lastError;
   return copy.c_str();
+} catch (const std::exception&) {
+  return "out of host memory";
 }
 MOE_API_ALIAS(ncclMoeGetLastError);
 
