@@ -2,6 +2,7 @@
 // and leaves the communicator as usable as before.
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -471,6 +472,7 @@ TEST(Arguments, Init) {
     {"maxTopK 33", [](ncclMoeConfig_t& c) { c.maxTopK = 33; }, "config.maxTopK"},
     {"maxRowBytes 0", [](ncclMoeConfig_t& c) { c.maxRowBytes = 0; }, "config.maxRowBytes"},
     {"maxRowBytes 24", [](ncclMoeConfig_t& c) { c.maxRowBytes = 24; }, "config.maxRowBytes"},
+    {"maxRowBytes too large", [](ncclMoeConfig_t& c) { c.maxRowBytes = (1 << 24) + 16; }, "config.maxRowBytes"},
     {"mode unknown", [](ncclMoeConfig_t& c) { c.mode = static_cast<ncclMoeMode_t>(9); }, "config.mode"},
     {"numSms negative", [](ncclMoeConfig_t& c) { c.numSms = -1; }, "config.numSms"},
     {"timeoutMs negative", [](ncclMoeConfig_t& c) { c.timeoutMs = -1; }, "config.timeoutMs"},
@@ -491,7 +493,30 @@ TEST(Arguments, Init) {
         const std::string wrong = expectResult(where.c_str(), result, ncclInvalidArgument, nullptr, bad.mentions);
         if (!wrong.empty()) return wrong;
         RANK_CHECK(comm == nullptr, "%s left a communicator", where.c_str());
+        size_t bytes = 77;
+        RANK_TRY(expectResult(where.c_str(), ncclMoeCommMemoryNeeded(&config, 1, &bytes), ncclInvalidArgument, nullptr,
+                              bad.mentions));
+        RANK_CHECK(bytes == 77);
       }
+      size_t bytes = 0;
+      RANK_RESULT(ncclMoeCommMemoryNeeded(nullptr, 2, &bytes), ncclInvalidArgument, nullptr, "config");
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 0, &bytes), ncclInvalidArgument, nullptr, "nRanks");
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, nullptr), ncclInvalidArgument, nullptr, "bytes");
+#ifdef NCCL_MOE_NO_CUDA
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, &bytes), ncclInvalidUsage, nullptr, "host memory only");
+#else
+      RANK_OK(ncclMoeCommMemoryNeeded(&good, 2, &bytes), nullptr);
+      RANK_CHECK(bytes > 0);
+#endif
+      // Not in a process without NCCL, and not in a build without CUDA.
+      ncclMoeComm_t onNccl = reinterpret_cast<ncclMoeComm_t>(8);
+      const auto noNccl = reinterpret_cast<ncclComm_t>(&good);
+      RANK_RESULT(ncclMoeCommInit(nullptr, noNccl, &good), ncclInvalidArgument, nullptr, "moe");
+      RANK_RESULT(ncclMoeCommInit(&onNccl, nullptr, &good), ncclInvalidArgument, nullptr, "comm");
+      RANK_CHECK(onNccl == nullptr);
+      onNccl = reinterpret_cast<ncclMoeComm_t>(8);
+      RANK_RESULT(ncclMoeCommInit(&onNccl, noNccl, &good), ncclInvalidUsage, nullptr, "ncclMoeCommInit");
+      RANK_CHECK(onNccl == nullptr);
       ncclMoeComm_t comm = nullptr;
       RANK_RESULT(ncclMoeCommInitHost(nullptr, 1, 0, url, &good), ncclInvalidArgument, nullptr, "moe");
       RANK_RESULT(ncclMoeCommInitHost(&comm, 1, 0, url, nullptr), ncclInvalidArgument, nullptr, "config");
@@ -525,26 +550,32 @@ TEST(Arguments, Init) {
     "");
 }
 
+// Too little names what is needed; exactly that is enough, and no more is taken.
 TEST(Arguments, MaxMemory) {
-  EXPECT_EQ(runOne([](Rank& rank) -> std::string {
-              ncclMoeConfig_t config = goodConfig();
-              config.maxMemory = 1;
-              ncclMoeComm_t comm = reinterpret_cast<ncclMoeComm_t>(8);
-              const ncclResult_t result = ncclMoeCommInitHost(&comm, 1, 0, rank.rendezvous().c_str(), &config);
-              if (result == ncclSuccess) {
-                // Legitimate only where the communicator takes nothing at all.
-                ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
-                RANK_OK(ncclMoeCommGetInfo(comm, &info), comm);
-                RANK_CHECK(info.memoryBytes <= 1, "maxMemory 1, but %zu bytes are taken", info.memoryBytes);
-                RANK_OK(ncclMoeCommDestroy(comm), nullptr);
-                return "";
-              }
-              RANK_CHECK(comm == nullptr);
-              RANK_CHECK(std::string(ncclMoeGetLastError(nullptr)).find("maxMemory") != std::string::npos, "%s",
-                         ncclMoeGetLastError(nullptr));
-              return "";
-            }),
-            "");
+  ClusterOptions options;
+  options.nRanks = 2;
+  const ClusterResult result = runRanks(options, [](Rank& rank) -> std::string {
+    ncclMoeConfig_t config = goodConfig();
+    config.maxMemory = 1;
+    ncclMoeComm_t comm = reinterpret_cast<ncclMoeComm_t>(8);
+    RANK_RESULT(ncclMoeCommInitHost(&comm, 2, rank.rank(), rank.rendezvous().c_str(), &config), ncclInvalidArgument,
+                nullptr, "config.maxMemory 1 ");
+    RANK_CHECK(comm == nullptr);
+    const std::string sentence = ncclMoeGetLastError(nullptr);
+    size_t needed = 0;
+    RANK_CHECK(sscanf(sentence.c_str(), "%*[^:]: config.maxMemory 1 is less than the %zu bytes", &needed) == 1, "%s",
+               sentence.c_str());
+    config.maxMemory = needed - 1;
+    RANK_RESULT(ncclMoeCommInitHost(&comm, 2, rank.rank(), rank.rendezvous().c_str(), &config), ncclInvalidArgument,
+                nullptr, "maxMemory," + std::to_string(needed));
+    config.maxMemory = needed;
+    RANK_OK(rank.init(config), nullptr);
+    ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
+    RANK_OK(ncclMoeCommGetInfo(rank.comm(), &info), rank.comm());
+    RANK_CHECK(info.memoryBytes <= needed, "%zu bytes needed, but %zu are taken", needed, info.memoryBytes);
+    return "";
+  });
+  EXPECT_EQ(result.failures(), "");
 }
 
 struct BadRouting {
@@ -564,6 +595,12 @@ TEST(Arguments, Routing) {
     {"layout unknown", [](ncclMoeRoutingConfig_t& c) { c.layout = static_cast<ncclMoeLayout_t>(3); }, "config.layout"},
     {"alignment negative", [](ncclMoeRoutingConfig_t& c) { c.expertAlignment = -1; }, "config.expertAlignment"},
     {"alignment too large", [](ncclMoeRoutingConfig_t& c) { c.expertAlignment = 65537; }, "config.expertAlignment"},
+    {"alignment of RANK_MAJOR",
+     [](ncclMoeRoutingConfig_t& c) {
+       c.layout = kRankMajor;
+       c.expertAlignment = 2;
+     },
+     "config.expertAlignment"},
     {"hostCounts 2", [](ncclMoeRoutingConfig_t& c) { c.hostCounts = 2; }, "config.hostCounts"},
   };
   EXPECT_EQ(
