@@ -7,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "common/buffer.h"
-#include "common/cluster.h"
+#include "api/one_rank.h"
 
 namespace moe::test {
 namespace {
@@ -37,9 +36,7 @@ template <class T> struct Newer {
   std::vector<uint8_t> bytes; // from operator new: aligned for any type
 };
 
-constexpr int kExperts = 4;
-
-struct Tensors {
+struct FewTensors {
   GuardedBuffer x = GuardedBuffer::input(std::vector<uint16_t>(32, 0x3f80));
   GuardedBuffer idx = GuardedBuffer::input(std::vector<int64_t>{0, 3, 2, 1});
   GuardedBuffer recvX{4 * 32}, count{4}, expertCounts{4 * kExperts}, expertOffsets{4 * (kExperts + 1)}, out{64};
@@ -69,23 +66,10 @@ struct Tensors {
   }
 };
 
-std::string runOne(const std::function<std::string(Rank&)>& body) {
-  ClusterOptions options;
-  return runRanks(options, body).failures();
-}
-
-ncclMoeConfig_t goodConfig() { return makeConfig(kExperts, 8, 2, 64, 5000 * kSlow); }
-ncclMoeRoutingConfig_t goodRouting() {
-  ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
-  config.topK = 2;
-  config.layout = ncclMoeLayoutExpertMajor;
-  return config;
-}
-
-std::string exchange(ncclMoeComm_t comm, const ncclMoeRoutingConfig_t* config) {
+std::string exchangeOldAndNew(ncclMoeComm_t comm, const ncclMoeRoutingConfig_t* config) {
   ncclMoeRouting_t routing = nullptr;
   RANK_OK(ncclMoeRoutingCreate(&routing, comm, config), comm);
-  const Tensors t;
+  const FewTensors t;
   // Every header that had the required fields, from the one without optional outputs on.
   const struct {
     size_t bytes;
@@ -99,7 +83,7 @@ std::string exchange(ncclMoeComm_t comm, const ncclMoeRoutingConfig_t* config) {
     {offsetof(ncclMoeDispatchArgs_t, flags), true, true, true},
   };
   for (const auto& old : olds) {
-    Tensors fresh;
+    FewTensors fresh;
     const Older<ncclMoeDispatchArgs_t> dispatch(fresh.dispatch(), old.bytes);
     RANK_OK(ncclMoeDispatch(dispatch.get(), routing, comm, nullptr), comm);
     RANK_CHECK(fresh.count.untouched() != old.count, "size %zu", old.bytes);
@@ -111,7 +95,7 @@ std::string exchange(ncclMoeComm_t comm, const ncclMoeRoutingConfig_t* config) {
     for (int i = 0; i < 32; i++) RANK_CHECK(fresh.out.as<uint16_t>()[i] == 0x4000, "element %d", i);
     RANK_CHECK(combine.buffer.guardsIntact());
   }
-  Tensors fresh;
+  FewTensors fresh;
   ncclMoeDispatchArgs_t args = fresh.dispatch();
   args.flags = 0;
   Newer<ncclMoeDispatchArgs_t> fits(args, 0);
@@ -140,11 +124,11 @@ TEST(Versions, OlderCaller) {
               const Older<ncclMoeConfig_t> config(full, offsetof(ncclMoeConfig_t, mode));
               ncclMoeComm_t comm = nullptr;
               RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, rank.rendezvous().c_str(), config.get()), nullptr);
-              ncclMoeRoutingConfig_t routing = goodRouting();
+              ncclMoeRoutingConfig_t routing = goodRouting(kExpertMajor);
               routing.expertAlignment = -1;
               routing.hostCounts = 55;
               const Older<ncclMoeRoutingConfig_t> old(routing, offsetof(ncclMoeRoutingConfig_t, expertAlignment));
-              RANK_TRY(exchange(comm, old.get()));
+              RANK_TRY(exchangeOldAndNew(comm, old.get()));
               ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
               const size_t infoBytes = offsetof(ncclMoeCommInfo_t, memoryBytes);
               const Older<ncclMoeCommInfo_t> oldInfo(info, infoBytes);
@@ -168,8 +152,8 @@ TEST(Versions, NewerCaller) {
                           "config,newer");
               RANK_CHECK(comm == nullptr);
               RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, url, fits.get()), nullptr);
-              Newer<ncclMoeRoutingConfig_t> routing(goodRouting(), 0);
-              RANK_TRY(exchange(comm, routing.get()));
+              Newer<ncclMoeRoutingConfig_t> routing(goodRouting(kExpertMajor), 0);
+              RANK_TRY(exchangeOldAndNew(comm, routing.get()));
               Newer<ncclMoeCommInfo_t> info(NCCL_MOE_COMM_INFO_INITIALIZER, 0);
               RANK_OK(ncclMoeCommGetInfo(comm, info.get()), comm);
               RANK_CHECK(info.get()->nRanks == 1 && info.get()->size == info.bytes.size());
