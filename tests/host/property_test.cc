@@ -66,6 +66,20 @@ TEST(Property, ProcessesOfThreadsOnHosts) {
   runJobs(8, 2, 2, limits, options);
 }
 
+// As many ranks as the one machine of a test bears: 64 keep 4032 rings.
+TEST(Property, ManyRanks) {
+  WorldLimits limits;
+  limits.minRanks = 40;
+  limits.maxRanks = 64;
+  limits.maxTokens = 40;
+  ClusterOptions options;
+  options.ranksPerProcess = 8;
+  options.timeLimitMs = 90000 * kSlow;
+  runJobs(1, 1, 2, limits, options);
+  options.nHosts = 2;
+  runJobs(1, 1, 2, limits, options);
+}
+
 TEST(Property, TcpRendezvous) {
   WorldLimits limits;
   limits.minRanks = 2;
