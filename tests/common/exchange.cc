@@ -4,10 +4,7 @@ namespace moe::test {
 namespace {
 
 // A tensor that exists, though it may have no elements; those are NULL where the caller asks for it.
-template <class T> const T* pointer(const GuardedBuffer& buffer, bool emptyNull) {
-  return buffer.given() && !(emptyNull && buffer.size() == 0) ? buffer.as<T>() : nullptr;
-}
-template <class T> T* output(const GuardedBuffer& buffer, bool emptyNull) {
+template <class T> T* pointer(const GuardedBuffer& buffer, bool emptyNull) {
   return buffer.given() && !(emptyNull && buffer.size() == 0) ? buffer.as<T>() : nullptr;
 }
 
@@ -76,14 +73,14 @@ DispatchCall::DispatchCall(const Reference& reference, int rank, const DispatchS
   args_.scaleBytes = p.quant == ncclMoeQuantNone ? p.scaleBytes : 0;
   args_.quant = p.quant;
   args_.scaleLayout = p.scaleLayout;
-  args_.recvX = output<void>(recvX_, null);
+  args_.recvX = pointer<void>(recvX_, null);
   args_.recvCapacity = padded ? -12345 : rows; // ignored when padded
-  args_.recvScales = output<void>(recvScales_, null);
-  args_.recvTopkIdx = output<int>(recvTopkIdx_, null);
-  args_.recvWeights = output<float>(recvWeights_, null);
-  args_.recvCount = output<int>(recvCount_, null);
-  args_.expertCounts = output<int>(expertCounts_, null);
-  args_.expertOffsets = output<int>(expertOffsets_, null);
+  args_.recvScales = pointer<void>(recvScales_, null);
+  args_.recvTopkIdx = pointer<int>(recvTopkIdx_, null);
+  args_.recvWeights = pointer<float>(recvWeights_, null);
+  args_.recvCount = pointer<int>(recvCount_, null);
+  args_.expertCounts = pointer<int>(expertCounts_, null);
+  args_.expertOffsets = pointer<int>(expertOffsets_, null);
   args_.flags = style.flags;
   expected_ = image();
   reference.dispatch(rank, rows, &expected_);
@@ -172,8 +169,8 @@ CombineCall::CombineCall(const Reference& reference, const CombineProblem& probl
   args_.hidden = problem.hidden;
   args_.weights = pointer<float>(weights_, emptyNull);
   args_.gradWeights = pointer<float>(gradWeights_, emptyNull);
-  args_.out = output<void>(out_, emptyNull);
-  args_.gradTopkWeights = output<float>(gradTopkWeights_, emptyNull);
+  args_.out = pointer<void>(out_, emptyNull);
+  args_.gradTopkWeights = pointer<float>(gradTopkWeights_, emptyNull);
   args_.flags = flags | (problem.exact ? NCCL_MOE_EXACT : 0u);
   args_.withGradWeights = problem.withGradWeights ? 1 : 0;
 }

@@ -1,10 +1,10 @@
 #include "common/reference.h"
 
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <limits>
+
+#include "common/cluster.h"
 
 namespace moe::test {
 namespace {
@@ -68,16 +68,6 @@ uint32_t loadBits(ncclDataType_t type, const void* element) {
   uint32_t bits;
   memcpy(&bits, element, sizeof(bits));
   return bits;
-}
-
-std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* text, ...) {
-  char buffer[512];
-  va_list args;
-  va_start(args, text);
-  vsnprintf(buffer, sizeof(buffer), text, args);
-  va_end(args);
-  return buffer;
 }
 
 // Which received row, if any, an index of the leading dimensions belongs to.
