@@ -56,12 +56,13 @@ CASE("abi.exports", 1, 20, [](Rank& r) {
 });
 
 CASE("abi.name_survives", 1, 20, [](Rank& r) {
-  r.start();
+  std::string error = r.net.load(r.options->plugin, r.options->version);
+  require(error.empty(), "loading the plugin: %s", error.c_str());
   std::string before = r.net.name();
   requireOk(r.net.init());
   require(r.net.name() == before, "init changed the name from %s to %s", before.c_str(), r.net.name().c_str());
   r.stop();
-  require(r.net.name() == before, "finalize changed the name");
+  require(r.net.name() == before, "finalize changed the name from %s to %s", before.c_str(), r.net.name().c_str());
 });
 
 CASE("abi.init_per_communicator", 2, 60, [](Rank& r) {

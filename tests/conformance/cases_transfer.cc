@@ -675,7 +675,8 @@ CASE("group.outstanding", 2, 120, [](Rank& r) {
 CASE("group.too_many", 2, 60, [](Rank& r) {
   Link link(r);
   if (!link.sender()) {
-    auto n = size_t(r.maxRecvs) + 1;
+    // A plugin that offers fewer than 8 may take more all the same.
+    auto n = size_t(std::max(r.maxRecvs, 8)) + 1;
     Buffer b(n * 100);
     void* m = reg(r, link.comm, b);
     std::vector<void*> data, mhandles(n, m);

@@ -19,8 +19,8 @@ Fake fake() {
   Fake f;
   void* library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) skip("the plugin has not loaded a verbs library");
-  f.inject = reinterpret_cast<int (*)(const char*)>(dlsym(library, "fakeverbs_inject"));
-  f.live = reinterpret_cast<void (*)(int*, int*, int*, int*, int*)>(dlsym(library, "fakeverbs_live"));
+  f.inject = reinterpret_cast<int (*)(const char*)>(dlsym(library, "fakeverbsInject"));
+  f.live = reinterpret_cast<void (*)(int*, int*, int*, int*, int*)>(dlsym(library, "fakeverbsLive"));
   if (f.inject == nullptr || f.live == nullptr) skip("the verbs library is not the fake one");
   int contexts = 0;
   f.live(&contexts, nullptr, nullptr, nullptr, nullptr);

@@ -1,5 +1,6 @@
 #include "net.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -228,7 +229,7 @@ ncclResult_t Net::makeVDevice(int* dev, const std::vector<int>& members) {
     if constexpr (TraitsOf<decltype(t)>::version >= 9) {
       typename TraitsOf<decltype(t)>::VProps p = {};
       p.ndevs = int(members.size());
-      for (size_t i = 0; i < members.size() && i < sizeof(p.devs) / sizeof(p.devs[0]); i++) p.devs[i] = members[i];
+      for (size_t i = 0; i < std::min(members.size(), std::size(p.devs)); i++) p.devs[i] = members[i];
       return t.makeVDevice(dev, &p);
     } else {
       return ncclInvalidUsage;

@@ -17,8 +17,8 @@
 #pragma GCC visibility push(default)
 #include <infiniband/verbs.h>
 extern "C" {
-int fakeverbs_inject(const char* script);
-void fakeverbs_live(int* contexts, int* pds, int* mrs, int* cqs, int* qps);
+int fakeverbsInject(const char* script);
+void fakeverbsLive(int* contexts, int* pds, int* mrs, int* cqs, int* qps);
 }
 #pragma GCC visibility pop
 #undef ibv_query_port

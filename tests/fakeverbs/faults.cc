@@ -2,7 +2,7 @@
 //
 //   POINT[@DEVICE]#N[+]=ACTION     at the Nth call of POINT (with '+': at this and every later one)
 //   now[@DEVICE]=ACTION            at once, and
-//   clear                          forgets the rules so far: both for fakeverbs_inject
+//   clear                          forgets the rules so far: both for fakeverbsInject
 //
 // POINT is a verb without its prefix (create_qp, reg_mr, post_send, poll_cq, modify_qp, ...), or wc, wc.send, wc.recv:
 // the Nth completion.  ACTION is
@@ -202,7 +202,7 @@ ibv_wc_status faultStatus(ibv_wc_status status, const char* point, const ibv_con
 extern "C" {
 
 // Adds rules to the running process; 0 or EINVAL.
-int fakeverbs_inject(const char* script) {
+int fakeverbsInject(const char* script) {
   fake::Guard guard;
   std::string error;
   return fake::faultsParse(script, &error) ? 0 : EINVAL;

@@ -199,7 +199,7 @@ void promoteDelayed(Cq& cq, Time now) {
   if (!notify || cq.channel == nullptr) return;
   cq.armed = 0;
   ibv_cq* pointer = &cq;
-  if (write(static_cast<Channel*>(cq.channel)->writeEnd, &pointer, sizeof(pointer)) == -1) state().misuse++;
+  if (write(static_cast<Channel*>(cq.channel)->writeEnd, &pointer, sizeof(void*)) == -1) state().misuse++;
 }
 
 void qpToError(Qp& qp) {

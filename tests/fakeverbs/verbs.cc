@@ -186,7 +186,7 @@ using namespace fake;
 extern "C" {
 
 // What is alive now, for tests that compare two moments; any pointer may be null.
-void fakeverbs_live(int* contexts, int* pds, int* mrs, int* cqs, int* qps) {
+void fakeverbsLive(int* contexts, int* pds, int* mrs, int* cqs, int* qps) {
   Guard guard;
   State& s = state();
   if (contexts != nullptr) *contexts = int(s.contexts.size());
@@ -200,7 +200,7 @@ ibv_device** ibv_get_device_list(int* n) {
   Guard guard;
   State& s = state();
   if (int e = faultAt("get_device_list", nullptr)) return failWith<ibv_device*>(e);
-  auto** list = static_cast<ibv_device**>(calloc(s.devices.size() + 1, sizeof(ibv_device*)));
+  auto** list = static_cast<ibv_device**>(calloc(s.devices.size() + 1, sizeof(void*)));
   for (size_t i = 0; i < s.devices.size(); i++) list[i] = s.devices[i].get();
   if (n != nullptr) *n = int(s.devices.size());
   return list;
@@ -453,7 +453,7 @@ int ibv_destroy_cq(ibv_cq* c) {
 
 int ibv_get_cq_event(ibv_comp_channel* channel, ibv_cq** cq, void** cqContext) {
   ibv_cq* which = nullptr;
-  if (read(channel->fd, &which, sizeof(which)) != ssize_t(sizeof(which))) return -1;
+  if (read(channel->fd, &which, sizeof(void*)) != ssize_t(sizeof(void*))) return -1;
   *cq = which;
   *cqContext = which->cq_context;
   return 0;
