@@ -140,6 +140,7 @@ CASE("abi.two_versions", 2, 60, [](Rank& r) {
   for (int candidate = 8; candidate < r.net.version() && v == 0; candidate++)
     if (other.load(r.options->plugin, candidate).empty()) v = candidate;
   if (v == 0) skip("there is one version only");
+  unsetenv("FAKEVERBS_REPORT"); // the older version has no finalize: its context stays
   requireOk(other.init());
   int a = 0, b = 0;
   requireOk(r.net.devices(&a));

@@ -90,7 +90,7 @@ void Rank::start() {
   int count = 0;
   requireOk(net.devices(&count));
   require(count > 0, "the plugin has no devices");
-  dev = options->dev;
+  dev = options->devs[size_t(rank) % options->devs.size()];
   require(dev < count, "device %d of %d was asked for", dev, count);
   Properties props;
   requireOk(net.properties(dev, &props));

@@ -20,7 +20,7 @@ namespace conformance {
 struct Options {
   std::string plugin;
   int version = 0;
-  int dev = 0;
+  std::vector<int> devs = {0}; // by rank, over and over
   bool big = false, verbose = false;
   double scale = 1;       // of time limits, for slow machines
   double errorBound = 60; // seconds within which a dead peer has to be noticed

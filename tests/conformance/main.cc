@@ -1,9 +1,9 @@
 // net_conformance: loads a net plugin and sees whether it does what NCCL counts on.
 //
-//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N] [--only GLOB] [--except GLOB] [--list] [--json FILE]
+//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--only GLOB] [--except GLOB] [--list] [--json FILE]
 //                   [--big] [--seed N] [--scale X] [--bound SECONDS] [--verbose]
 //
-// One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
+// --dev 0,1: even ranks use device 0, odd ones device 1.  One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
 // may come several times.  --scale stretches time limits for slow machines; --bound is the time within which the plugin
 // has to report a dead peer.
 #include <cstdio>
