@@ -68,7 +68,9 @@ int main(int argc, char** argv) {
       options.version = atoi(optarg);
       break;
     case 'd':
-      options.dev = atoi(optarg);
+      options.devs.clear();
+      for (const char* at = optarg; at != nullptr; at = strchr(at, ',') == nullptr ? nullptr : strchr(at, ',') + 1)
+        options.devs.push_back(atoi(at));
       break;
     case 'o':
       only.push_back(optarg);
