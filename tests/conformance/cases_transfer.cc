@@ -610,7 +610,7 @@ CASE("group.missing_member", 2, 60, [](Rank& r) {
     while (!done) {
       requireOk(r.net.test(q, &done, got));
       char byte;
-      // No more than these two: the next one belongs to the end of the case.
+      // Two bytes are for here; the next belongs to the end of the case.
       if (!allowed && recv(r.channels[0], &byte, 1, MSG_DONTWAIT) == 1) (met ? allowed : met) = true;
       require(!done || allowed, "a group was done before its second member had been sent");
       require(seconds() - begin < r.bound(), "the group was never done");

@@ -438,9 +438,10 @@ void engineMain() {
   while (!s.stop) {
     // Requests, a fragment of each queue pair in turn.
     bool moved = true;
-    Time looked = Clock::now();
+    Time looked; // when the queue pairs last had their turn
     for (int round = 0; moved && round < 16; round++) {
       moved = false;
+      breathe(lock); // first: what is posted meanwhile must have its turn before we sleep
       std::vector<uint32_t> turn(s.active.begin(), s.active.end());
       if (s.reorder) std::shuffle(turn.begin(), turn.end(), s.random);
       looked = Clock::now();
@@ -448,7 +449,6 @@ void engineMain() {
         auto it = s.qps.find(qpn);
         if (it != s.qps.end() && s.active.count(qpn) != 0) moved = sendFragment(*it->second, looked) || moved;
       }
-      breathe(lock);
     }
     Time now = Clock::now(), deadline = moved ? now : Time::max();
     std::vector<Cq*> delaying(s.delaying.begin(), s.delaying.end());
@@ -456,9 +456,8 @@ void engineMain() {
       promoteDelayed(*cq, now);
       for (const auto& entry : cq->delayed) deadline = std::min(deadline, entry.ready);
     }
-    // Also a hold that has run out since the queue pair was looked at: nothing else would wake this thread.
     for (uint32_t qpn : s.active)
-      if (Time hold = s.qps[qpn]->holdUntil; hold >= looked) deadline = std::min(deadline, std::max(hold, now));
+      if (Time hold = s.qps[qpn]->holdUntil; hold > looked) deadline = std::min(deadline, hold);
     setTimer(deadline, now);
     s.sleeping = !moved;
     lock.unlock();
