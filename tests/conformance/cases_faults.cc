@@ -251,7 +251,7 @@ CASE("fault.stopped_peer_goes_on", 2, 90, [](Rank& r) {
 CASE("fault.close_with_requests", 2, 90, [](Rank& r) {
   // Both sides close with requests outstanding, 20 times; nothing hangs and a new connection works.
   r.start();
-  for (int i = 0; i < 20; i++) {
+  for (int i = 0; i < r.count(20); i++) {
     void* comm = r.rank == 0 ? connectTo(r, 1) : acceptFrom(r, 0);
     Buffer b(200000);
     void* m = reg(r, comm, b);

@@ -218,12 +218,12 @@ void stream(Rank& r, void* comm, bool sender, int count, size_t maxBytes, size_t
 
 CASE("transfer.barrage", 2, 120, [](Rank& r) {
   Link link(r);
-  stream(r, link.comm, link.sender(), 600, 200000, 16, r.options->seed, false);
+  stream(r, link.comm, link.sender(), r.count(600), 200000, 16, r.options->seed, false);
   link.end();
 });
 CASE("transfer.barrage_with_pauses", 2, 120, [](Rank& r) {
   Link link(r);
-  stream(r, link.comm, link.sender(), 300, 200000, 24, r.options->seed + 1, true);
+  stream(r, link.comm, link.sender(), r.count(300), 200000, 24, r.options->seed + 1, true);
   link.end();
 });
 
@@ -443,6 +443,7 @@ CASE("order.fifo", 2, 60, [](Rank& r) {
 
 CASE("order.wrap", 2, 240, [](Rank& r) {
   // More than 2^16 messages on one connection: sequence numbers and immediate values wrap.
+  if (r.options->quick) skip("not with --quick");
   Link link(r);
   constexpr uint64_t count = 70000;
   constexpr size_t window = 24;

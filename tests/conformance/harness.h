@@ -21,7 +21,7 @@ struct Options {
   std::string plugin;
   int version = 0;
   std::vector<int> devs = {0}; // by rank, over and over
-  bool big = false, verbose = false;
+  bool big = false, quick = false, verbose = false;
   double scale = 1;       // of time limits, for slow machines
   double errorBound = 60; // seconds within which a dead peer has to be noticed
   uint64_t seed = 1;
@@ -62,6 +62,7 @@ class Rank {
   void stop(); // finalize
   int dev = 0;
   int maxRecvs = 1;
+  int count(int full) const { return options->quick ? full / 4 : full; }
   double bound() const { return options->errorBound * options->scale; }
 
   // Messages to the other ranks.  receive throws PeerGone when the peer ended.

@@ -1,10 +1,11 @@
 // net_conformance: loads a net plugin and sees whether it does what NCCL counts on.
 //
 //   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--only GLOB] [--except GLOB] [--list] [--json FILE]
-//                   [--big] [--seed N] [--scale X] [--bound SECONDS] [--verbose]
+//                   [--big | --quick] [--seed N] [--scale X] [--bound SECONDS] [--verbose]
 //
 // --dev 0,1: even ranks use device 0, odd ones device 1.  One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
-// may come several times.  --scale stretches time limits for slow machines; --bound is the time within which the plugin
+// may come several times.  --big adds messages of gigabytes,
+// --quick makes the long cases short (for an emulated machine).  --scale stretches time limits for slow machines; --bound is the time within which the plugin
 // has to report a dead peer.
 #include <cstdio>
 #include <cstdlib>
@@ -54,11 +55,11 @@ int main(int argc, char** argv) {
   std::vector<std::string> only, except;
   std::string json;
   bool list = false;
-  const option names[] = {{"plugin", 1, nullptr, 'p'}, {"version", 1, nullptr, 'V'}, {"dev", 1, nullptr, 'd'},
-                          {"only", 1, nullptr, 'o'},   {"except", 1, nullptr, 'x'},  {"list", 0, nullptr, 'l'},
-                          {"json", 1, nullptr, 'j'},   {"big", 0, nullptr, 'b'},     {"seed", 1, nullptr, 's'},
-                          {"scale", 1, nullptr, 'c'},  {"bound", 1, nullptr, 'B'},   {"verbose", 0, nullptr, 'v'},
-                          {nullptr, 0, nullptr, 0}};
+  const option names[] = {{"plugin", 1, nullptr, 'p'},  {"version", 1, nullptr, 'V'}, {"dev", 1, nullptr, 'd'},
+                          {"only", 1, nullptr, 'o'},    {"except", 1, nullptr, 'x'},  {"list", 0, nullptr, 'l'},
+                          {"json", 1, nullptr, 'j'},    {"big", 0, nullptr, 'b'},     {"quick", 0, nullptr, 'q'},
+                          {"seed", 1, nullptr, 's'},    {"scale", 1, nullptr, 'c'},   {"bound", 1, nullptr, 'B'},
+                          {"verbose", 0, nullptr, 'v'}, {nullptr, 0, nullptr, 0}};
   for (int c; (c = getopt_long(argc, argv, "", names, nullptr)) != -1;) {
     switch (c) {
     case 'p':
@@ -83,6 +84,9 @@ int main(int argc, char** argv) {
       break;
     case 'j':
       json = optarg;
+      break;
+    case 'q':
+      options.quick = true;
       break;
     case 'b':
       options.big = true;
