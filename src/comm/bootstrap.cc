@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <thread>
 
-#include "comm/message_socket.h"
+#include "comm/doorman.h"
 #include "comm/rendezvous.h"
 
 namespace moe {
@@ -14,7 +14,6 @@ namespace {
 using std::chrono::milliseconds;
 using Got = MessageSocket::Got;
 
-constexpr auto kHelloTime = milliseconds(5000);    // a client that has not said who it is by then is dropped
 constexpr auto kAnswerTime = milliseconds(10000);  // rank 0 answers a hello at once; whoever does not is not rank 0
 constexpr auto kConnectTime = milliseconds(2000);  // to one of several addresses
 constexpr auto kFarewellTime = milliseconds(1000); // to tell the others why there will be no communicator
@@ -70,78 +69,6 @@ std::string nameRanks(const std::vector<int>& ranks) {
   if (ranks.size() > kNamed) text += " and " + std::to_string(ranks.size() - kNamed) + " others";
   return text;
 }
-
-// Listeners and the connections that have not yet said who they are.
-class Doorman {
- public:
-  explicit Doorman(size_t nRanks) : mostPending_(2 * nRanks + 64) {}
-  void add(UniqueFd listener) { listeners_.push_back(std::move(listener)); }
-  void close() {
-    listeners_.clear();
-    pending_.clear();
-  }
-
-  void poll(std::vector<pollfd>* set) const {
-    for (const UniqueFd& listener : listeners_) set->push_back(pollfd{listener.get(), POLLIN, 0});
-    for (const Pending& client : pending_) set->push_back(pollfd{client.socket.fd(), POLLIN, 0});
-  }
-
-  // Accepts and reads whatever is there; take(socket, hello, from) gets each connection whose hello is complete and
-  // carries the job's token.
-  template <class Take> void serve(const std::string& token, Take&& take) {
-    accept();
-    for (size_t i = 0; i < pending_.size();) {
-      const Got got = pending_[i].socket.receive(MessageType::hello, MessageType::hello);
-      if (got == Got::nothing && Clock::now() < pending_[i].deadline) {
-        i++;
-        continue;
-      }
-      Pending client = std::move(pending_[i]);
-      pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(i));
-      const std::string from = client.from.text();
-      Hello hello;
-      if (got == Got::nothing) {
-        MOE_WARN("bootstrap: dropped %s, which did not say who it is in %lld ms", from.c_str(),
-                 static_cast<long long>(kHelloTime.count()));
-      } else if (got == Got::closed) {
-        MOE_WARN("bootstrap: %s connected and left without a word", from.c_str());
-      } else if (got == Got::garbage) {
-        MOE_WARN("bootstrap: dropped %s, which %s", from.c_str(), client.socket.reason());
-      } else if (!parseHello(client.socket.body().data(), client.socket.body().size(), &hello)) {
-        MOE_WARN("bootstrap: dropped %s, which sent a malformed hello", from.c_str());
-      } else if (!equalSecret(hello.token, token)) {
-        MOE_WARN("bootstrap: dropped %s, whose job token is wrong", from.c_str());
-      } else {
-        take(std::move(client.socket), hello, client.from);
-      }
-    }
-  }
-
- private:
-  struct Pending {
-    MessageSocket socket;
-    SocketAddress from;
-    Clock::time_point deadline;
-  };
-
-  void accept() {
-    for (const UniqueFd& listener : listeners_) {
-      SocketAddress from;
-      while (UniqueFd fd = acceptOne(listener.get(), &from)) {
-        if (pending_.size() >= mostPending_) {
-          MOE_WARN("bootstrap: dropped %s, the oldest of too many silent connections",
-                   pending_.front().from.text().c_str());
-          pending_.erase(pending_.begin());
-        }
-        pending_.push_back(Pending{MessageSocket(std::move(fd)), from, Clock::now() + kHelloTime});
-      }
-    }
-  }
-
-  size_t mostPending_;
-  std::vector<UniqueFd> listeners_;
-  std::vector<Pending> pending_;
-};
 
 // ------------------------------------------------------------------------------------------------------- rank 0 ----
 
