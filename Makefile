@@ -273,6 +273,7 @@ Targets
   demo       sets up, builds, and runs dispatch and combine on real text over 4 ranks of this machine
   test       sets up, builds, and runs every test and check (what CI runs; 10 to 20 minutes on 2 cores)
   check      builds and runs the test binaries only
+  test-fake  the plugin on the fake verbs library;  test-rdma: over Soft-RoCE in a virtual machine
   fuzz       runs every fuzz target for FUZZ_SECONDS
   sanitize   builds and runs the host tests under address+undefined and thread sanitizers
   lint       clang-format check and clang-tidy;  format: rewrites the files
