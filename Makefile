@@ -247,6 +247,7 @@ Name: moenccl
 Description: MoE dispatch and combine on NCCL communicators and on host memory
 Version: $(VERSION)
 Libs: -L$${libdir} -lmoenccl
+Libs.private: $(CUDA_LIBS) $(LDLIBS) -pthread -lstdc++
 Cflags: -I$${includedir}
 endef
 export PC_TEXT

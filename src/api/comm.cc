@@ -90,7 +90,8 @@ ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeC
 
 ncclResult_t checkComm(const ncclMoeComm* comm, const char* function) {
   if (comm == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
-  if (comm->magic != kCommMagic) return fail(ncclInvalidArgument, "%s: moe is not a communicator", function);
+  if (comm->magic != kCommMagic)
+    return fail(ncclInvalidArgument, "%s: moe is not a communicator; was it destroyed?", function);
   return ncclSuccess;
 }
 
@@ -173,7 +174,6 @@ MOE_API ncclResult_t ncclMoeCommDestroy(ncclMoeComm_t moe) {
     MOECHECK(checkComm(moe, function));
     std::unique_ptr<ncclMoeComm> owned(moe);
     const ncclResult_t result = owned->backend->shutdown();
-    for (auto& routing : owned->routings) routing->magic = 0;
     owned->magic = 0;
     return result;
   });

@@ -17,7 +17,6 @@
 namespace moe {
 
 constexpr uint64_t kCommMagic = 0x6d6f65436f6d6d31;
-constexpr uint64_t kRoutingMagic = 0x6d6f65526f757431;
 
 // A communicator of this config on the backend that makeBackend sets.
 ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeConfig_t* config, const char* function,

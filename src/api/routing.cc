@@ -41,11 +41,13 @@ ncclResult_t loadRoutingConfig(const ncclMoeComm& comm, const ncclMoeRoutingConf
 
 } // namespace
 
+// Looks it up rather than into it: a destroyed routing's memory is not the library's to read.
 ncclResult_t checkRouting(const ncclMoeRouting* routing, const ncclMoeComm* comm, const char* function) {
   if (routing == nullptr) return fail(ncclInvalidArgument, "%s: routing is NULL", function);
-  if (routing->magic != kRoutingMagic) return fail(ncclInvalidArgument, "%s: routing is not a routing", function);
-  if (routing->comm != comm) return fail(ncclInvalidArgument, "%s: routing belongs to another communicator", function);
-  return ncclSuccess;
+  for (const auto& own : comm->routings) {
+    if (own.get() == routing) return ncclSuccess;
+  }
+  return fail(ncclInvalidArgument, "%s: routing is none of this communicator's; was it destroyed?", function);
 }
 
 } // namespace moe
@@ -77,7 +79,6 @@ MOE_API ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm
     made->comm = moe;
     moe->routings.reserve(moe->routings.size() + 1);
     MOECHECK(moe->backend->routingCreate(*made));
-    made->magic = kRoutingMagic;
     moe->routings.push_back(std::move(made));
     *routing = moe->routings.back().get();
     return ncclSuccess;
@@ -92,7 +93,6 @@ MOE_API ncclResult_t ncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm
     MOECHECK(checkComm(moe, function));
     MOECHECK(checkRouting(routing, moe, function));
     const ncclResult_t result = moe->backend->routingDestroy(*routing);
-    routing->magic = 0;
     auto& all = moe->routings;
     all.erase(std::find_if(all.begin(), all.end(), [&](const auto& owned) { return owned.get() == routing; }));
     return result;

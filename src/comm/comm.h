@@ -62,7 +62,6 @@ class Backend {
 
 struct ncclMoeRouting {
   enum class Phase { empty, dispatchSent, dispatched, combineSent };
-  uint64_t magic = 0;
   ncclMoeComm* comm = nullptr;
   ncclMoeRoutingConfig_t config{};
   Phase phase = Phase::empty; // what has been enqueued; dispatched also after a combine

@@ -312,6 +312,33 @@ TEST_P(Lifecycle, RoutingsInFlight) {
   }
 }
 
+// A handle that was destroyed, or is another communicator's, is refused without being looked into.
+TEST(Handles, OfDestroyedAndForeignRoutings) {
+  ClusterOptions options;
+  const ClusterResult result = runRanks(options, [](Rank& rank) -> std::string {
+    const ncclMoeConfig_t config = makeConfig(1, 1, 1, 16);
+    RANK_OK(rank.init(config), nullptr);
+    ncclMoeComm_t other = nullptr;
+    TempDir folder;
+    const std::string rendezvous = "file://" + folder.path() + "/other";
+    RANK_OK(ncclMoeCommInitHost(&other, 1, 0, rendezvous.c_str(), &config), nullptr);
+    ncclMoeRoutingConfig_t layer = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
+    layer.topK = 1;
+    ncclMoeRouting_t gone = nullptr, foreign = nullptr;
+    RANK_OK(ncclMoeRoutingCreate(&gone, rank.comm(), &layer), rank.comm());
+    RANK_OK(ncclMoeRoutingCreate(&foreign, other, &layer), other);
+    RANK_OK(ncclMoeRoutingDestroy(gone, rank.comm()), rank.comm());
+    for (ncclMoeRouting_t routing : {gone, foreign}) {
+      RANK_RESULT(ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidArgument, rank.comm(), "routing");
+      RANK_RESULT(ncclMoeRoutingDestroy(routing, rank.comm()), ncclInvalidArgument, rank.comm(), "routing");
+    }
+    RANK_OK(ncclMoeRoutingDestroy(foreign, other), other);
+    RANK_OK(ncclMoeCommDestroy(other), nullptr);
+    return runSmoke(rank, rank.comm(), 1);
+  });
+  EXPECT_EQ(result.failures(), "");
+}
+
 // Routings that are destroyed between the halves of a call take nothing with them.
 TEST_P(Lifecycle, RoutingDestroyedInFlight) {
   const int nRanks = 4;
