@@ -169,7 +169,8 @@ ncclResult_t pncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 /* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  All ranks call it, but
  * it waits for no peer: one that died does not matter, and one that still works gets ncclRemoteError.  Synchronises
  * the host; not capturable; graphs that captured the communicator's calls must not be launched afterwards.  NULL is
- * fine.  Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so). */
+ * fine.  Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so), ncclRemoteError (a collective call
+ * timed out in NCCL and still occupies the GPU: device memory is left to the process's end). */
 ncclResult_t ncclMoeCommDestroy(ncclMoeComm_t moe);
 ncclResult_t pncclMoeCommDestroy(ncclMoeComm_t moe);
 

@@ -8,6 +8,7 @@
 #include <bitset>
 #include <cstring>
 #include <fstream>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -96,13 +97,21 @@ class DeviceBackend : public Backend {
     CUDACHECK(prepareCombine());
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
     MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
-    MOECHECK(eventCreate(&lastEvent_));
+    MOECHECK(eventCreate(&eager_.event));
+    MOECHECK(eventCreate(&captured_.event));
     MOECHECK(makeTables());
     int window = -1;
     MOECHECK(addWindow(layout_.bytes, true, &window));
     MOE_INFO("MoE communicator: rank %d of %d, %d experts, %zu MiB on device %d", moe_.rank, moe_.nRanks,
              config_.nExperts, layout_.bytes >> 20, device_);
     return ncclSuccess;
+  }
+
+  // init, which frees nothing after an error where that would wait for ever.
+  ncclResult_t start() {
+    const ncclResult_t result = init();
+    if (result != ncclSuccess && bootstrap_->stuck()) abandon();
+    return result;
   }
 
   ncclResult_t routingMemoryNeeded(const ncclMoeRoutingConfig_t& config, size_t* bytes) override {
@@ -114,35 +123,13 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeRoutingCreate"));
     auto state = std::make_unique<DeviceRouting>();
-    const int nLocal = config_.nLocal[moe_.rank];
-    const ncclMoeRoutingConfig_t& c = routing.config;
-    state->layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
-    const long long rows = static_cast<long long>(nLocal) * moe_.nRanks * c.maxTokens;
-    ncclResult_t result = ncclSuccess;
-    if (c.layout != ncclMoeLayoutRankMajor && rows > INT32_MAX) {
-      result =
-        fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
+    const ncclResult_t result = routingMake(routing.config, *state);
+    if (result != ncclSuccess) {
+      if (bootstrap_->stuck()) (void)state->outcome.release(); // freeing would wait for the device
+      return result;
     }
-    if (result == ncclSuccess) result = hostMappedAlloc(&state->outcome, sizeof(RoutingOutcome) + sizeof(int) * nLocal);
-    if (result == ncclSuccess) result = eventCreate(&state->counted);
-    state->id = nextRouting_++;
-    state->bytes = state->layout.bytes;
-    const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
-                                  static_cast<int>(hash({c.layout, c.expertAlignment}))};
-    std::vector<std::array<int, 4>> all(moe_.nRanks);
-    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
-    MOECHECK(result);
-    for (int r = 0; r < moe_.nRanks; r++) {
-      static const char* const names[] = {"success", "config.topK", "config.maxTokens",
-                                          "config.layout or expertAlignment"};
-      for (int f = 0; f < 4; f++) {
-        if (all[r][f] != mine[f]) {
-          return fail(ncclInvalidArgument, "ncclMoeRoutingCreate: %s differs between rank %d and rank %d", names[f],
-                      moe_.rank, r);
-        }
-      }
-    }
-    MOECHECK(addWindow(state->layout.bytes, true, &state->window));
+    std::lock_guard<std::mutex> lock(liveMutex_);
+    live_.push_back(state.get());
     routing.state = std::move(state);
     return ncclSuccess;
   }
@@ -151,7 +138,12 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     const ncclResult_t result = drain();
     DeviceRouting& state = stateOf(routing);
+    {
+      std::lock_guard<std::mutex> lock(liveMutex_);
+      live_.erase(std::find(live_.begin(), live_.end(), &state));
+    }
     releaseWindow(state.window);
+    if (bootstrap_->stuck()) (void)state.outcome.release();
     routing.state.reset();
     return result;
   }
@@ -223,13 +215,14 @@ class DeviceBackend : public Backend {
     route.expertCounts = args.expertCounts;
     route.expertOffsets = args.expertOffsets;
     const long long rows = padded ? plane * config_.nLocal[moe_.rank] : args.recvCapacity;
-    MOECHECK(findWindow(args.recvX, rows * push.wireBytes, &route.recvWindow, &route.recvOffset));
+    MOECHECK(findWindow(args.recvX, rows, push.wireBytes, &route.recvWindow, &route.recvOffset));
     push.recvDirect = route.recvWindow >= 0;
     route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
 
     const bool plainCopy = routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone;
     const bool capturing = isCapturing(stream);
     MOECHECK(follow(stream));
+    launched_ = true;
     CUDACHECK(launchRoute(route, stream));
     CUDACHECK(cudaEventRecord(state.counted.get(), stream));
     state.countedInCapture = capturing;
@@ -258,6 +251,7 @@ class DeviceBackend : public Backend {
     combine.gradTopkWeights = args.gradTopkWeights;
     combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights});
     MOECHECK(follow(stream));
+    launched_ = true;
     CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), stream));
     return followed(stream);
   }
@@ -304,8 +298,9 @@ class DeviceBackend : public Backend {
   ncclResult_t asyncError(std::string* sentence) override {
     const ncclResult_t result = failureOf(sentence);
     if (result != ncclSuccess) return result;
-    for (const auto& routing : moe_.routings) {
-      const ncclResult_t outcome = outcomeOf(stateOf(*routing), sentence);
+    std::lock_guard<std::mutex> lock(liveMutex_);
+    for (const DeviceRouting* routing : live_) {
+      const ncclResult_t outcome = outcomeOf(*routing, sentence);
       if (outcome != ncclSuccess) return outcome;
     }
     return ncclSuccess;
@@ -314,6 +309,7 @@ class DeviceBackend : public Backend {
   ncclResult_t shutdown() override {
     DeviceScope scope(device_);
     const ncclResult_t result = drain();
+    if (bootstrap_->stuck()) abandon();
     for (auto& window : windows_) window.reset();
     return result;
   }
@@ -389,6 +385,37 @@ class DeviceBackend : public Backend {
     return ncclSuccess;
   }
 
+  ncclResult_t routingMake(const ncclMoeRoutingConfig_t& c, DeviceRouting& state) {
+    const int nLocal = config_.nLocal[moe_.rank];
+    state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
+    const long long perExpert = static_cast<long long>(moe_.nRanks) * c.maxTokens + c.expertAlignment - 1;
+    ncclResult_t result = ncclSuccess;
+    if (c.layout != ncclMoeLayoutRankMajor && perExpert * nLocal > INT32_MAX) {
+      result =
+        fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
+    }
+    if (result == ncclSuccess) result = hostMappedAlloc(&state.outcome, sizeof(RoutingOutcome) + sizeof(int) * nLocal);
+    if (result == ncclSuccess) result = eventCreate(&state.counted);
+    state.id = nextRouting_++;
+    state.bytes = state.layout.bytes;
+    const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
+                                  static_cast<int>(hash({c.layout, c.expertAlignment}))};
+    std::vector<std::array<int, 4>> all(moe_.nRanks);
+    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
+    MOECHECK(result);
+    for (int r = 0; r < moe_.nRanks; r++) {
+      static const char* const names[] = {"success", "config.topK", "config.maxTokens",
+                                          "config.layout or expertAlignment"};
+      for (int f = 0; f < 4; f++) {
+        if (all[r][f] != mine[f]) {
+          return fail(ncclInvalidArgument, "ncclMoeRoutingCreate: %s differs between rank %d and rank %d", names[f],
+                      moe_.rank, r);
+        }
+      }
+    }
+    return addWindow(state.layout.bytes, true, &state.window);
+  }
+
   // Collective; the same number on every rank.  Takes a released window where all ranks have released the same one.
   ncclResult_t addWindow(size_t bytes, bool zeroed, int* number) {
     const auto spare =
@@ -421,9 +448,14 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidUsage, "more than %d routings and allocations at a time", kMaxWindows - 1);
     }
     auto window = std::make_unique<Window>();
-    MOECHECK(window->create(*bootstrap_, moe_.rank, moe_.nRanks, bytes, zeroed));
+    const ncclResult_t created = window->create(*bootstrap_, moe_.rank, moe_.nRanks, bytes, zeroed);
+    if (created != ncclSuccess) {
+      if (bootstrap_->stuck()) (void)window.release(); // freeing would wait for the device
+      return created;
+    }
     CUDACHECK(cudaMemcpy(dWindows_ + next * moe_.nRanks, window->bases().data(), sizeof(char*) * moe_.nRanks,
                          cudaMemcpyHostToDevice));
+    CUDACHECK(cudaStreamSynchronize(nullptr)); // a copy from pageable memory may return before it is done
     windows_[next] = std::move(window);
     *number = next;
     return ncclSuccess;
@@ -432,22 +464,25 @@ class DeviceBackend : public Backend {
   // CUDA frees memory only when every GPU of the process that reaches it is idle; one of them may be running a kernel of NCCL
   // that waits for this rank's next call.  So where ranks share a process, memory is kept and used again.
   void releaseWindow(int number) {
-    if (windows_[0]->sharesProcess()) {
+    if (bootstrap_->stuck()) {
+      (void)windows_[number].release();
+    } else if (windows_[0]->ranksShareProcess()) {
       released_.push_back(number);
     } else {
       windows_[number].reset();
     }
   }
 
-  ncclResult_t findWindow(const void* ptr, long long bytes, int* window, long long* offset) const {
+  ncclResult_t findWindow(const void* ptr, long long rows, long long rowBytes, int* window, long long* offset) const {
     *window = -1;
     *offset = 0;
     for (int w : userWindows_) {
       if (!windows_[w]->contains(ptr)) continue;
       *offset = static_cast<const char*>(ptr) - windows_[w]->self();
-      if (*offset + bytes > static_cast<long long>(windows_[w]->bytes())) {
+      if (rows > (static_cast<long long>(windows_[w]->bytes()) - *offset) / rowBytes) {
         return fail(ncclInvalidArgument,
-                    "ncclMoeDispatch: args.recvX with %lld bytes ends beyond its ncclMoeMemAlloc memory", bytes);
+                    "ncclMoeDispatch: args.recvX with %lld rows of %lld bytes ends beyond its ncclMoeMemAlloc memory",
+                    rows, rowBytes);
       }
       *window = w;
     }
@@ -488,20 +523,33 @@ class DeviceBackend : public Backend {
     return std::min(n, smCount_);
   }
 
-  // The communicator's calls run one after the other, whatever their streams.  Inside a graph capture that holds among
-  // the captured calls; a graph and what surrounds it are ordered by the streams that the caller uses.
+  // The last call that was enqueued: of those of a capture, or of those outside captures.
+  struct LastCall {
+    UniqueEvent event;
+    unsigned long long capture = 0; // 0: outside
+    unsigned long long stream = 0;  // its id: a handle may come to stand for another stream
+    bool any = false;
+  };
+
+  // The communicator's calls run one after the other, whatever their streams.  That holds among the calls of a graph
+  // capture and among those outside; a graph and what surrounds it are ordered by the streams that the caller uses.
   ncclResult_t follow(cudaStream_t stream) {
-    if (!hasLast_ || stream == lastStream_) return ncclSuccess;
-    unsigned long long capture = 0;
+    unsigned long long capture = 0, id = 0;
     MOECHECK(captureOf(stream, &capture));
-    if (capture == lastCapture_) CUDACHECK(cudaStreamWaitEvent(stream, lastEvent_.get(), 0));
+    const LastCall& last = capture != 0 ? captured_ : eager_;
+    if (!last.any || last.capture != capture) return ncclSuccess;
+    CUDACHECK(cudaStreamGetId(stream, &id));
+    if (last.stream != id) CUDACHECK(cudaStreamWaitEvent(stream, last.event.get(), 0));
     return ncclSuccess;
   }
   ncclResult_t followed(cudaStream_t stream) {
-    MOECHECK(captureOf(stream, &lastCapture_));
-    CUDACHECK(cudaEventRecord(lastEvent_.get(), stream));
-    lastStream_ = stream;
-    hasLast_ = true;
+    unsigned long long capture = 0;
+    MOECHECK(captureOf(stream, &capture));
+    LastCall& last = capture != 0 ? captured_ : eager_;
+    CUDACHECK(cudaEventRecord(last.event.get(), stream));
+    CUDACHECK(cudaStreamGetId(stream, &last.stream));
+    last.capture = capture;
+    last.any = true;
     return ncclSuccess;
   }
   static ncclResult_t captureOf(cudaStream_t stream, unsigned long long* capture) {
@@ -518,7 +566,11 @@ class DeviceBackend : public Backend {
 
   // Waits for this rank's kernels, which end within the communicator's timeout.
   ncclResult_t drain() {
-    if (!hasLast_) return ncclSuccess;
+    if (bootstrap_->stuck()) {
+      return fail(ncclRemoteError, "an exchange of the ranks that timed out still occupies the device; "
+                                   "memory is not freed, for that would wait");
+    }
+    if (!launched_) return ncclSuccess;
     // Graphs may have been launched on any stream.
     CUDACHECK(cudaDeviceSynchronize());
     return ncclSuccess;
@@ -578,6 +630,15 @@ class DeviceBackend : public Backend {
     return ncclSuccess;
   }
 
+  // Lets go of all memory without freeing it.
+  void abandon() {
+    for (auto& window : windows_) (void)window.release();
+    for (auto& routing : moe_.routings) (void)stateOf(*routing).outcome.release();
+    (void)failure_.release();
+    (void)abortFlag_.release();
+    tables_.abandon();
+  }
+
   ncclMoeComm& moe_;
   const CommConfig& config_;
   std::unique_ptr<DeviceBootstrap> bootstrap_;
@@ -592,10 +653,10 @@ class DeviceBackend : public Backend {
   std::vector<int> userWindows_;
   std::vector<int> released_;
   int nextRouting_ = 0;
-  UniqueEvent lastEvent_;
-  cudaStream_t lastStream_ = nullptr;
-  unsigned long long lastCapture_ = 0;
-  bool hasLast_ = false;
+  LastCall eager_, captured_;
+  bool launched_ = false;                  // kernels of this communicator may run
+  std::mutex liveMutex_;                   // guards live_
+  std::vector<const DeviceRouting*> live_; // routings that asyncError looks at, which any thread may call
 };
 
 } // namespace
@@ -608,7 +669,7 @@ ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* by
 
 ncclResult_t deviceBackendCreate(ncclMoeComm& moe, std::unique_ptr<DeviceBootstrap> bootstrap) {
   auto backend = std::make_unique<DeviceBackend>(moe, std::move(bootstrap));
-  MOECHECK(backend->init());
+  MOECHECK(backend->start());
   moe.backend = std::move(backend);
   return ncclSuccess;
 }

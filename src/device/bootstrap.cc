@@ -23,7 +23,16 @@ class NcclBootstrap : public DeviceBootstrap {
   NcclBootstrap(const NcclSymbols& nccl, ncclComm_t comm, int nRanks, int timeoutMs, UniqueStream stream)
     : nccl_(nccl), comm_(comm), nRanks_(nRanks), timeoutMs_(timeoutMs), stream_(std::move(stream)) {}
 
+  ~NcclBootstrap() override {
+    if (!stuck()) return;
+    buffer_.abandon();
+    (void)stream_.release();
+  }
+
   ncclResult_t allGather(const void* mine, size_t bytes, void* all) override {
+    if (timedOut_) {
+      return fail(ncclRemoteError, "an earlier ncclAllGather on the NCCL communicator did not finish in time");
+    }
     if (buffer_.size() < bytes * (nRanks_ + 1)) {
       buffer_ = DeviceMemory();
       MOECHECK(buffer_.alloc(bytes * (nRanks_ + 1)));
@@ -31,27 +40,50 @@ class NcclBootstrap : public DeviceBootstrap {
     char* gathered = buffer_.get() + bytes;
     cudaStream_t stream = stream_.get();
     CUDACHECK(cudaMemcpyAsync(buffer_.get(), mine, bytes, cudaMemcpyHostToDevice, stream));
-    NCCLCHECK(nccl_, nccl_.allGather(buffer_.get(), gathered, bytes, ncclInt8, comm_, stream), "ncclAllGather");
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeoutMs_);
+    const auto late = [&] { return timedOut_ = std::chrono::steady_clock::now() > deadline; };
+    const auto rest = [] { std::this_thread::sleep_for(std::chrono::microseconds(20)); };
+    enqueued_ = false;
+    ncclResult_t started = nccl_.allGather(buffer_.get(), gathered, bytes, ncclInt8, comm_, stream);
+    while (started == ncclInProgress) { // the communicator is a non-blocking one
+      if (late()) return tooLate();
+      rest();
+      NCCLCHECK(nccl_, nccl_.commGetAsyncError(comm_, &started), "ncclCommGetAsyncError");
+    }
+    NCCLCHECK(nccl_, started, "ncclAllGather");
+    enqueued_ = true;
     for (;;) {
       const cudaError_t state = cudaStreamQuery(stream);
       if (state == cudaSuccess) break;
       if (state != cudaErrorNotReady) CUDACHECK(state);
-      if (std::chrono::steady_clock::now() > deadline) {
-        return fail(ncclRemoteError, "ncclAllGather on the NCCL communicator did not finish within %d ms", timeoutMs_);
-      }
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
+      (void)cudaGetLastError(); // where the runtime notes even this
+      if (late()) return tooLate();
+      rest();
     }
-    CUDACHECK(cudaMemcpy(all, gathered, bytes * nRanks_, cudaMemcpyDeviceToHost));
+    CUDACHECK(cudaMemcpyAsync(all, gathered, bytes * nRanks_, cudaMemcpyDeviceToHost, stream));
+    CUDACHECK(cudaStreamSynchronize(stream));
     return ncclSuccess;
   }
 
+  bool stuck() const override {
+    if (!timedOut_) return false;
+    const bool stuck = !enqueued_ || cudaStreamQuery(stream_.get()) == cudaErrorNotReady;
+    (void)cudaGetLastError();
+    return stuck;
+  }
+
  private:
+  ncclResult_t tooLate() const {
+    return fail(ncclRemoteError, "ncclAllGather on the NCCL communicator did not finish within %d ms", timeoutMs_);
+  }
+
   const NcclSymbols& nccl_;
   ncclComm_t comm_;
   int nRanks_, timeoutMs_;
   UniqueStream stream_;
   DeviceMemory buffer_;
+  bool timedOut_ = false;
+  bool enqueued_ = false; // NCCL has put the exchange onto the stream
 };
 
 } // namespace

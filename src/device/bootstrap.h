@@ -12,6 +12,8 @@ class DeviceBootstrap {
   virtual ~DeviceBootstrap() = default;
   // Gathers bytes from every rank into all, in the order of the ranks.  Collective; waits, but not for ever.
   virtual ncclResult_t allGather(const void* mine, size_t bytes, void* all) = 0;
+  // An exchange that timed out still occupies the device: what frees device memory would wait for it.
+  virtual bool stuck() const { return false; }
 };
 
 // On the user's NCCL communicator, which is borrowed.

@@ -1,14 +1,15 @@
 // The combine kernel.
 //
 // Protocol.  Every block stores ready[this rank] = epoch << 32 | signature at every peer (release, system scope): this
-// rank's earlier calls have ended, so its window may be written.  It waits for all peers' ready flags (acquire).  Then
-// warps take rows to send from a counter: a warp adds the row's (weighted) contributions here, stores the sum, rounded
-// to the type, into the owner's window, then its weight gradients, and after __syncwarp the row's flag: the epoch, with
-// release at system scope. Between rows a warp takes tokens to reduce from a second counter: once the flags of all the
-// token's rows are the epoch (acquire) it adds them in the order of the ranks.  Warps block on row flags only when all
-// rows to send have been taken, and a warp that has taken one never blocks before it has sent it: one resident block
-// per rank is enough to finish. All waits are bounded by the communicator's timeout and abort.  The last block advances
-// the epoch.
+// rank's earlier calls have ended, so its window may be written.  It waits for all peers' ready flags (acquire).  A
+// block that comes onto an SM late may find a peer's flag of the next epoch: other blocks have done all that the peer
+// waited for, and it is in its next call, which it cannot finish before this one has ended here.  Then warps take rows to
+// send from a counter: a warp adds the row's (weighted) contributions here, stores the sum, rounded to the type, into
+// the owner's window, then its weight gradients, and after __syncwarp the row's flag: the epoch, with release at system
+// scope.  Between rows a warp takes tokens to reduce from a second counter: once the flags of all the token's rows are
+// the epoch (acquire) it adds them in the order of the ranks.  Warps block on row flags only when all rows to send have
+// been taken, and a warp that has taken one never blocks before it has sent it: one resident block per rank is enough to
+// finish.  All waits are bounded by the communicator's timeout and abort.  The last block advances the epoch.
 #include "device/row_sum.cuh"
 #include "device/token.cuh"
 
@@ -135,8 +136,8 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
 // Tells the peers that this rank is there, and waits for them.
 __device__ __forceinline__ bool meet(const CombineArgs& a, uint32_t epoch) {
   const CommView& c = a.comm;
-  bool ok = true;
-  if (threadIdx.x < c.nRanks) {
+  bool ok = control(c)->failed == 0; // a rank that has failed says nothing more, as in dispatch
+  if (ok && threadIdx.x < c.nRanks) {
     const int r = threadIdx.x;
     const unsigned long long flag = static_cast<unsigned long long>(epoch) << 32 | a.signature;
     storeRelease(reinterpret_cast<unsigned long long*>(c.peer(r) + c.layout.ready) + c.rank, flag);
@@ -144,9 +145,9 @@ __device__ __forceinline__ bool meet(const CombineArgs& a, uint32_t epoch) {
     unsigned long long seen = 0;
     ok = waitUntil(c, kPhaseReady, r, epoch, [&] {
       seen = loadAcquire(theirs);
-      return seen >> 32 == epoch;
+      return seen >> 32 == epoch || seen >> 32 == nextEpoch(epoch);
     });
-    if (ok && seen != flag) {
+    if (ok && seen >> 32 == epoch && seen != flag) {
       recordFailure(c, kFailMismatch, kPhaseReady, r, epoch, static_cast<uint32_t>(seen));
       ok = false;
     }
@@ -163,7 +164,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
   Control* ctl = control(c);
   const RoutingLayout::State state = *a.routing.state();
   const RoutingLayout::PerRank* perRank = a.routing.perRank();
-  const uint32_t epoch = ctl->epoch + 1;
+  const uint32_t epoch = nextEpoch(ctl->epoch);
   const bool go = meet(a, epoch) && state.go != 0;
   uint32_t nSend = 0; // items: row n / (R-1) for the n % (R-1)th other rank, where it exists
   for (int r = 0; r < c.nRanks; r++) {
@@ -220,18 +221,10 @@ cudaError_t prepareCombine() {
 }
 
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
-  switch (args.type) {
-  case ncclBfloat16:
-    combineKernel<__nv_bfloat16><<<numSms, kThreads, kShared, stream>>>(args);
-    break;
-  case ncclFloat16:
-    combineKernel<__half><<<numSms, kThreads, kShared, stream>>>(args);
-    break;
-  default:
-    combineKernel<float><<<numSms, kThreads, kShared, stream>>>(args);
-    break;
-  }
-  return cudaGetLastError();
+  auto* kernel = args.type == ncclBfloat16  ? combineKernel<__nv_bfloat16>
+                 : args.type == ncclFloat16 ? combineKernel<__half>
+                                            : combineKernel<float>;
+  return launchKernel<CombineArgs>(kernel, numSms, kThreads, kShared, stream, args);
 }
 
 } // namespace moe

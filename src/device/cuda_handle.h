@@ -62,6 +62,8 @@ class DeviceMemory {
     bytes_ = bytes;
     return ncclSuccess;
   }
+  // Never freed then: cudaFree waits for the device, which may be waiting for ever.
+  void abandon() { ptr_ = nullptr; }
   char* get() const { return static_cast<char*>(ptr_); }
   size_t size() const { return bytes_; }
   int device() const { return device_; }

@@ -101,6 +101,14 @@ cudaError_t prepareRoute();
 cudaError_t preparePush();
 cudaError_t prepareCombine();
 
+// Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.
+template <class Args>
+cudaError_t launchKernel(void (*kernel)(Args), int nBlocks, int nThreads, size_t sharedBytes, cudaStream_t stream,
+                         const Args& args) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(nBlocks), dim3(nThreads), pointers, sharedBytes,
+                          stream);
+}
 cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream);
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream);

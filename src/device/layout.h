@@ -63,12 +63,16 @@ struct RoutingOutcome {
 enum OutcomeCode : int { kOutcomeOk = 0, kOutcomeCapacity = 1, kOutcomeIndexRange = 2, kOutcomeIndexRepeated = 3 };
 
 struct Control {
-  uint32_t epoch;    // calls that this rank's kernels have begun
+  uint32_t epoch;    // of the last call that this rank's kernels have begun
   uint32_t failed;   // sticky: waits end at once
   uint32_t ticket;   // blocks that have finished the running kernel
   uint32_t pushNext; // next item of the running kernel that nobody has taken: what this rank sends ...
   uint32_t recvNext; // ... and what it receives
 };
+
+// The epoch of the call after that of epoch.  Never 0, which flags hold that were never stored; odd and even alternate,
+// for mailboxes go by parity.
+MOE_HD uint32_t nextEpoch(uint32_t epoch) { return epoch == UINT32_MAX ? 2 : epoch + 1; }
 
 // What a rank tells every other one at the start of a dispatch.  flag is stored last, with release: epoch << 32 |
 // signature.

@@ -42,6 +42,7 @@ struct Lookup {
     find(handle, "ncclCommCount", &symbols.commCount);
     find(handle, "ncclCommUserRank", &symbols.commUserRank);
     find(handle, "ncclCommCuDevice", &symbols.commCuDevice);
+    find(handle, "ncclCommGetAsyncError", &symbols.commGetAsyncError);
     find(handle, "ncclAllGather", &symbols.allGather);
     if (!problem.empty()) return;
     int version = 0;

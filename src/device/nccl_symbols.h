@@ -14,6 +14,7 @@ struct NcclSymbols {
   ncclResult_t (*commCount)(ncclComm_t, int*);
   ncclResult_t (*commUserRank)(ncclComm_t, int*);
   ncclResult_t (*commCuDevice)(ncclComm_t, int*);
+  ncclResult_t (*commGetAsyncError)(ncclComm_t, ncclResult_t*);
   ncclResult_t (*allGather)(const void*, void*, size_t, ncclDataType_t, ncclComm_t, cudaStream_t);
 };
 

@@ -267,6 +267,7 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
                           : waitUntil(c, kPhaseDispatchRow, source, epoch, [&] { return loadAcquire(flag) == epoch; });
       }
       arrived = __shfl_sync(~0u, arrived, 0);
+      __syncwarp(); // orders the other lanes' loads after the flag; a shuffle orders nothing
       if (!arrived) {
         receiving = pushing; // a wait that failed ends the kernel
         break;
@@ -290,12 +291,9 @@ cudaError_t preparePush() {
 }
 
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
-  if (args.quant != ncclMoeQuantNone) {
-    pushKernel<true><<<numSms, kThreads<true>, 0, stream>>>(args);
-  } else {
-    pushKernel<false><<<numSms, kThreads<false>, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  return args.quant != ncclMoeQuantNone
+           ? launchKernel<PushArgs>(pushKernel<true>, numSms, kThreads<true>, 0, stream, args)
+           : launchKernel<PushArgs>(pushKernel<false>, numSms, kThreads<false>, 0, stream, args);
 }
 
 } // namespace moe

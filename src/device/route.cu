@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
     }
   }
   if (!lastBlock(ctl)) return;
-  const uint32_t epoch = ctl->epoch + 1;
+  const uint32_t epoch = nextEpoch(ctl->epoch);
   if (!a.keep) {
     scanChunks(a, nChunks, reinterpret_cast<int*>(bits));
     if (threadIdx.x == 0) state->nTokens = nTokens;
@@ -329,8 +329,7 @@ cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream) {
   const int nChunks = (args.nTokens + kChunkTokens - 1) / kChunkTokens;
   const int nBlocks = args.keep || nChunks == 0 ? 1 : nChunks;
   const size_t shared = sizeof(uint32_t) * kWords * args.routing.layout.nColumns;
-  routeKernel<<<nBlocks, kThreads, shared, stream>>>(args);
-  return cudaGetLastError();
+  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, shared, stream, args);
 }
 
 } // namespace moe

@@ -69,6 +69,9 @@ ncclResult_t Window::create(DeviceBootstrap& bootstrap, int rank, int nRanks, si
   std::vector<Export> all(nRanks);
   MOECHECK(bootstrap.allGather(&mine, sizeof(mine), all.data()));
   bases_.assign(nRanks, nullptr);
+  for (int r = 0; r < nRanks; r++) {
+    for (int s = 0; s < r; s++) ranksShareProcess_ = ranksShareProcess_ || all[s].process == all[r].process;
+  }
   for (int r = 0; r < nRanks && result == ncclSuccess; r++) {
     if (all[r].ok == 0) {
       result = fail(ncclRemoteError, "rank %d could not allocate %zu bytes that peers can reach", r, bytes);

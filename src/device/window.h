@@ -18,8 +18,8 @@ class Window {
   ncclResult_t create(DeviceBootstrap& bootstrap, int rank, int nRanks, size_t bytes, bool zeroed);
   char* self() const { return own_->get(); }
   size_t bytes() const { return bytes_; }
-  const std::vector<char*>& bases() const { return bases_; } // of every rank, as this rank reaches them
-  bool sharesProcess() const { return !shared_.empty(); }
+  const std::vector<char*>& bases() const { return bases_; }    // of every rank, as this rank reaches them
+  bool ranksShareProcess() const { return ranksShareProcess_; } // any two; the same on every rank
   bool contains(const void* ptr) const {
     return own_ != nullptr && ptr >= own_->get() && ptr < static_cast<const void*>(own_->get() + bytes_);
   }
@@ -29,6 +29,7 @@ class Window {
     void operator()(void* ptr) const { cudaIpcCloseMemHandle(ptr); }
   };
   size_t bytes_ = 0;
+  bool ranksShareProcess_ = false;
   std::shared_ptr<DeviceMemory> own_;
   std::vector<std::shared_ptr<DeviceMemory>> shared_;     // of ranks in this process
   std::vector<std::unique_ptr<void, IpcClose>> imported_; // of ranks in others
