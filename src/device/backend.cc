@@ -416,31 +416,31 @@ class DeviceBackend : public Backend {
     return addWindow(state.layout.bytes, true, &state.window);
   }
 
-  // Collective; the same number on every rank.  Takes a released window where all ranks have released the same one.
+  // Collective; the same number on every rank.  Takes a released window where all ranks have released one that fits:
+  // the one of the lowest number, for ranks may release in different orders.
   ncclResult_t addWindow(size_t bytes, bool zeroed, int* number) {
-    const auto spare =
-      std::find_if(released_.begin(), released_.end(), [&](int w) { return windows_[w]->bytes() >= bytes; });
     struct State {
-      std::bitset<kMaxWindows> taken;
-      int spare;
+      std::bitset<kMaxWindows> taken, spare;
     } mine{};
     static_assert(std::is_trivially_copyable<State>::value, "it travels as bytes");
-    for (int w = 0; w < kMaxWindows; w++) mine.taken[w] = windows_[w] != nullptr;
-    mine.spare = spare != released_.end() ? *spare : -1;
+    for (int w = 0; w < kMaxWindows; w++) {
+      mine.taken[w] = windows_[w] != nullptr;
+      mine.spare[w] = released_[w] && windows_[w]->bytes() >= bytes;
+    }
     std::vector<State> all(moe_.nRanks);
     MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
-    bool reuse = mine.spare >= 0;
-    std::bitset<kMaxWindows> taken;
+    std::bitset<kMaxWindows> taken, spare = mine.spare;
     for (const State& theirs : all) {
-      reuse = reuse && theirs.spare == mine.spare;
       taken |= theirs.taken;
+      spare &= theirs.spare;
     }
-    int next = 0; // ranks may have released windows in different orders
+    int reuse = 0, next = 0;
+    while (reuse < kMaxWindows && !spare[reuse]) reuse++;
     while (next < kMaxWindows && taken[next]) next++;
-    if (reuse) {
-      *number = mine.spare;
-      released_.erase(spare);
-      if (zeroed) CUDACHECK(cudaMemset(windows_[*number]->self(), 0, bytes));
+    if (reuse < kMaxWindows) {
+      *number = reuse;
+      released_[reuse] = false;
+      if (zeroed) CUDACHECK(cudaMemset(windows_[reuse]->self(), 0, bytes));
       CUDACHECK(cudaDeviceSynchronize());
       return bootstrap_->allGather(&mine, sizeof(mine), all.data()); // nobody writes into it before it is zeroed
     }
@@ -467,7 +467,7 @@ class DeviceBackend : public Backend {
     if (bootstrap_->stuck()) {
       (void)windows_[number].release();
     } else if (windows_[0]->ranksShareProcess()) {
-      released_.push_back(number);
+      released_[number] = true;
     } else {
       windows_[number].reset();
     }
@@ -651,7 +651,7 @@ class DeviceBackend : public Backend {
   int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
   std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
   std::vector<int> userWindows_;
-  std::vector<int> released_;
+  std::bitset<kMaxWindows> released_; // of windows_: no longer in use, but kept
   int nextRouting_ = 0;
   LastCall eager_, captured_;
   bool launched_ = false;                  // kernels of this communicator may run

@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <atomic>
 #include <chrono>
 #include <thread>
 
 #include "gpu/exchange_case.h"
+#include "gpu/occupy.h"
 
 namespace moe::test {
 namespace {
@@ -322,6 +324,156 @@ TEST(GpuBehaviour, DisagreementIsAnError) {
   EXPECT_EQ(wrong, "");
 }
 
+// Rank 0 has one SM: its blocks run one after the other, and the first does all the work.  The last ones start when rank 1 is in
+// its next combine.
+TEST(GpuBehaviour, BlocksThatStartLateFinish) {
+  NEED_GPUS(2);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 100, 128);
+  const std::string wrong =
+    runGpu(2, RanksAs::threads, kTimeLimitMs,
+           withRank(
+             e,
+             [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
+               RANK_TRY(exchangeOnce(rank, routing, e));
+               CombineCall first(*e.reference, e.combine, rank.rank(), false, 0),
+                 second(*e.reference, e.combine, rank.rank(), false, 0);
+               RANK_TRY(rank.upload(first, false));
+               RANK_TRY(rank.upload(second, false));
+               cudaStream_t other = nullptr;
+               RANK_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+               if (rank.rank() == 0) {
+                 int nSms = 0;
+                 RANK_CUDA(cudaDeviceGetAttribute(&nSms, cudaDevAttrMultiProcessorCount, 0));
+                 RANK_CUDA(occupySms(0, 0, other));
+                 RANK_CUDA(occupySms(nSms - 1, 500, other));
+                 std::this_thread::sleep_for(std::chrono::milliseconds(50)); // they are there
+               }
+               RANK_OK(ncclMoeCombine(&first.args(), routing, rank.comm(), rank.stream()), rank.comm());
+               RANK_OK(ncclMoeCombine(&second.args(), routing, rank.comm(), rank.stream()), rank.comm());
+               RANK_TRY(asyncIs(rank, ncclSuccess));
+               RANK_TRY(rank.download());
+               RANK_TRY(first.verify());
+               RANK_TRY(second.verify());
+               RANK_CUDA(cudaStreamSynchronize(other));
+               RANK_CUDA(cudaStreamDestroy(other));
+               return "";
+             },
+             3000));
+  EXPECT_EQ(wrong, "");
+}
+
+TEST(GpuBehaviour, CallsAroundACaptureStayOrdered) {
+  NEED_GPUS(1);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 300, 400);
+  const std::string wrong =
+    runGpu(2, RanksAs::threads, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
+             cudaStream_t other = nullptr, capturing = nullptr;
+             RANK_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+             RANK_CUDA(cudaStreamCreateWithFlags(&capturing, cudaStreamNonBlocking));
+             for (int round = 0; round < 20; round++) {
+               DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
+               CombineCall captured(*e.reference, e.combine, rank.rank(), false, 0),
+                 combine(*e.reference, e.combine, rank.rank(), false, 0);
+               RANK_TRY(rank.upload(dispatch, true));
+               RANK_TRY(rank.upload(captured, false));
+               RANK_TRY(rank.upload(combine, false));
+               RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+               cudaGraph_t graph = nullptr;
+               RANK_CUDA(cudaStreamBeginCapture(capturing, cudaStreamCaptureModeThreadLocal));
+               RANK_OK(ncclMoeCombine(&captured.args(), routing, rank.comm(), capturing), rank.comm());
+               RANK_CUDA(cudaStreamEndCapture(capturing, &graph));
+               RANK_CUDA(cudaGraphDestroy(graph)); // never launched
+               RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), other), rank.comm());
+               RANK_CUDA(cudaStreamSynchronize(other));
+               RANK_TRY(asyncIs(rank, ncclSuccess));
+               RANK_TRY(rank.download());
+               RANK_TRY(dispatch.verify());
+               RANK_TRY(combine.verify());
+               rank.forget();
+             }
+             RANK_CUDA(cudaStreamDestroy(other));
+             RANK_CUDA(cudaStreamDestroy(capturing));
+             return "";
+           }));
+  EXPECT_EQ(wrong, "");
+}
+
+// A call's result says nothing of what went wrong in the caller's own calls before.
+TEST(GpuBehaviour, AnErrorOfTheCallersIsNotTheCalls) {
+  NEED_GPUS(1);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
+  const std::string wrong =
+    runGpu(2, RanksAs::threads, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
+             DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
+             CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
+             RANK_TRY(rank.upload(dispatch, true));
+             RANK_TRY(rank.upload(combine, false));
+             RANK_CHECK(cudaSetDevice(100000) != cudaSuccess);
+             RANK_CHECK(cudaPeekAtLastError() != cudaSuccess);
+             RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+             RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+             RANK_TRY(asyncIs(rank, ncclSuccess));
+             (void)cudaGetLastError();
+             RANK_TRY(rank.download());
+             RANK_TRY(dispatch.verify());
+             return combine.verify();
+           }));
+  EXPECT_EQ(wrong, "");
+}
+
+// More of them than there are windows, freed in another order on each rank, while another thread watches.
+void routingsComeAndGo(RanksAs as) {
+  const ExchangeCase e = makeExchange(testSeed(), 3, 60, 64);
+  const std::string wrong =
+    runGpu(3, as, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t first) -> std::string {
+             std::atomic<bool> done{false}, well{true};
+             std::thread watcher([&] {
+               while (!done.load()) {
+                 ncclResult_t async = ncclSuccess;
+                 if (ncclMoeCommGetAsyncError(rank.comm(), &async) != ncclSuccess || async != ncclSuccess) well = false;
+                 std::this_thread::sleep_for(std::chrono::microseconds(100));
+               }
+             });
+             const std::string failure = [&]() -> std::string {
+               for (int round = 0; round < 60; round++) {
+                 ncclMoeRouting_t routings[3] = {};
+                 for (int i = 0; i < 3; i++) {
+                   ncclMoeRoutingConfig_t config = e.routing;
+                   config.maxTokens = i == 1 ? 0 : 60; // windows of two sizes
+                   RANK_OK(ncclMoeRoutingCreate(&routings[i], rank.comm(), &config), rank.comm());
+                 }
+                 void* memory = nullptr;
+                 RANK_OK(ncclMoeMemAlloc(&memory, size_t{3} << 20, rank.comm()), rank.comm());
+                 if (round % 10 == 0) {
+                   for (ncclMoeRouting_t routing : routings) RANK_TRY(exchangeOnce(rank, routing, e));
+                   RANK_TRY(exchangeOnce(rank, first, e));
+                 }
+                 const int turn = round % 2 == 0 ? rank.rank() : 0; // in the other rounds all free in the same order
+                 for (int i = 0; i < 3; i++) {
+                   RANK_OK(ncclMoeRoutingDestroy(routings[(i + turn) % 3], rank.comm()), rank.comm());
+                   if (i == turn) RANK_OK(ncclMoeMemFree(memory, rank.comm()), rank.comm());
+                 }
+               }
+               return "";
+             }();
+             done = true;
+             watcher.join();
+             RANK_CHECK(failure.empty(), "%s", failure.c_str());
+             RANK_CHECK(well.load(), "an async error while routings came and went");
+             return "";
+           }));
+  EXPECT_EQ(wrong, "");
+}
+
+TEST(GpuBehaviour, RoutingsComeAndGoInThreads) {
+  NEED_GPUS(1);
+  routingsComeAndGo(RanksAs::threads);
+}
+TEST(GpuBehaviour, RoutingsComeAndGoInProcesses) {
+  NEED_GPUS(1);
+  routingsComeAndGo(RanksAs::processes);
+}
+
 TEST(GpuBehaviour, MemoryIsAsStatedAndComesBack) {
   NEED_GPUS(1);
   const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
@@ -365,14 +517,21 @@ TEST(GpuBehaviour, MemoryIsAsStatedAndComesBack) {
 struct Nccl {
   decltype(&ncclGetUniqueId) getUniqueId = nullptr;
   decltype(&ncclCommInitRank) commInitRank = nullptr;
+  decltype(&ncclCommInitRankConfig) commInitRankConfig = nullptr;
+  decltype(&ncclCommGetAsyncError) commGetAsyncError = nullptr;
   decltype(&ncclCommDestroy) commDestroy = nullptr;
+  decltype(&ncclCommAbort) commAbort = nullptr;
   bool open() {
     void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
     if (library == nullptr) return false;
     getUniqueId = reinterpret_cast<decltype(getUniqueId)>(dlsym(library, "ncclGetUniqueId"));
     commInitRank = reinterpret_cast<decltype(commInitRank)>(dlsym(library, "ncclCommInitRank"));
+    commInitRankConfig = reinterpret_cast<decltype(commInitRankConfig)>(dlsym(library, "ncclCommInitRankConfig"));
+    commGetAsyncError = reinterpret_cast<decltype(commGetAsyncError)>(dlsym(library, "ncclCommGetAsyncError"));
     commDestroy = reinterpret_cast<decltype(commDestroy)>(dlsym(library, "ncclCommDestroy"));
-    return getUniqueId != nullptr && commInitRank != nullptr && commDestroy != nullptr;
+    commAbort = reinterpret_cast<decltype(commAbort)>(dlsym(library, "ncclCommAbort"));
+    return getUniqueId != nullptr && commInitRank != nullptr && commInitRankConfig != nullptr &&
+           commGetAsyncError != nullptr && commDestroy != nullptr && commAbort != nullptr;
   }
 };
 
@@ -422,6 +581,99 @@ TEST(GpuNccl, ThreadsOnAnNcclCommunicator) {
 TEST(GpuNccl, ProcessesOnAnNcclCommunicator) {
   NEED_GPUS(1);
   onNccl(RanksAs::processes);
+}
+
+// An id of rank 0's, on every rank.
+std::string sharedId(const Nccl& nccl, Meeting& meeting, int rank, int nRanks, ncclUniqueId* id) {
+  ncclUniqueId mine{};
+  if (rank == 0) RANK_CHECK(nccl.getUniqueId(&mine) == ncclSuccess);
+  std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
+  RANK_CHECK(meet(meeting, rank, &mine, sizeof(mine), ids.data()));
+  *id = ids[0];
+  return "";
+}
+
+TEST(GpuNccl, NonBlockingCommunicator) {
+  NEED_GPUS(1);
+  const int nRanks = std::min(gpuCount(), 4);
+  const ExchangeCase e = makeExchange(testSeed(), nRanks, 100, 128);
+  const std::string wrong =
+    runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      Nccl nccl;
+      RANK_CHECK(nccl.open(), "no libnccl.so.2");
+      RANK_CUDA(cudaSetDevice(r));
+      ncclUniqueId id{};
+      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
+      ncclConfig_t ncclConfig = NCCL_CONFIG_INITIALIZER;
+      ncclConfig.blocking = 0;
+      ncclComm_t comm = nullptr;
+      ncclResult_t state = nccl.commInitRankConfig(&comm, nRanks, id, r, &ncclConfig);
+      RANK_CHECK(state == ncclSuccess || state == ncclInProgress);
+      while (state == ncclInProgress) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        RANK_CHECK(nccl.commGetAsyncError(comm, &state) == ncclSuccess);
+      }
+      RANK_CHECK(state == ncclSuccess);
+      {
+        const ncclMoeConfig_t config = configFor(e);
+        GpuRank rank(r, nRanks, r);
+        RANK_TRY(rank.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, comm, &config); }, kArenaBytes));
+        ncclMoeRouting_t routing = nullptr;
+        RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &e.routing), rank.comm());
+        RANK_TRY(exchangeOnce(rank, routing, e));
+        RANK_TRY(rank.destroy());
+      }
+      int one = 1;
+      std::vector<int> all(static_cast<size_t>(nRanks));
+      RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all.data()));
+      state = nccl.commAbort(comm);
+      RANK_CHECK(state == ncclSuccess || state == ncclInProgress);
+      return "";
+    });
+  EXPECT_EQ(wrong, "");
+}
+
+// Init, routing and destroy end in time though NCCL's own kernel, which waits for the other rank, does not.
+TEST(GpuNccl, RankThatDoesNotComeToASetup) {
+  NEED_GPUS(2);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 100, 128);
+  const std::string wrong =
+    runGpu(2, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      Nccl nccl;
+      RANK_CHECK(nccl.open(), "no libnccl.so.2");
+      RANK_CUDA(cudaSetDevice(r));
+      const ncclMoeConfig_t config = configFor(e, 1000);
+      int one = 1, all[2] = {};
+      for (const bool initComes : {false, true}) {
+        ncclUniqueId id{};
+        RANK_TRY(sharedId(nccl, *meeting, r, 2, &id));
+        ncclComm_t comm = nullptr;
+        RANK_CHECK(nccl.commInitRank(&comm, 2, id, r) == ncclSuccess);
+        ncclMoeComm_t connected = nullptr; // NCCL connects at its first collective, and waits on the host there
+        RANK_OK(ncclMoeCommInit(&connected, comm, &config), nullptr);
+        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
+        if (r == 0) {
+          const auto start = std::chrono::steady_clock::now();
+          if (initComes) {
+            ncclMoeRouting_t routing = nullptr;
+            RANK_RESULT(ncclMoeRoutingCreate(&routing, connected, &e.routing), ncclRemoteError, connected, "1000 ms");
+          } else {
+            ncclMoeComm_t moe = nullptr;
+            RANK_RESULT(ncclMoeCommInit(&moe, comm, &config), ncclRemoteError, nullptr, "1000 ms");
+            RANK_CHECK(moe == nullptr);
+          }
+          if (initComes) RANK_RESULT(ncclMoeCommDestroy(connected), ncclRemoteError, nullptr, "occupies the device");
+          RANK_CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(4000));
+        }
+        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
+        RANK_CHECK(nccl.commAbort(comm) == ncclSuccess);
+        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
+        if (r == 1 || !initComes) RANK_OK(ncclMoeCommDestroy(connected), nullptr);
+        RANK_CUDA(cudaDeviceSynchronize());
+      }
+      return "";
+    });
+  EXPECT_EQ(wrong, "");
 }
 
 } // namespace

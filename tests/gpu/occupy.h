@@ -1,0 +1,11 @@
+// Other work on a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace moe::test {
+
+// Takes nSms SMs for so long, each with a block that leaves no shared memory to others.  0 ms: only loads the kernel.
+cudaError_t occupySms(int nSms, int ms, cudaStream_t stream);
+
+} // namespace moe::test
