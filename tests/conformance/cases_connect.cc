@@ -461,28 +461,36 @@ void stuckConnector(Rank& r, int calls) {
       ready = recv(r.channels[2], &byte, 1, MSG_DONTWAIT) == 1;
     }
     r.sendValue(0, handle);
+    // The stuck one may come through too, if it was complete before it stopped: listen to all until one says something.
+    struct Candidate {
+      void *comm, *mhandle, *request;
+      std::unique_ptr<Buffer> buffer;
+    };
+    std::vector<Candidate> candidates;
+    size_t right = SIZE_MAX;
     double begin = seconds();
-    void* comm = nullptr;
-    // It may come after the stuck one, if that was complete.
-    for (bool right = false; !right;) {
-      comm = acceptLoop(r, listenComm);
-      char byte;
-      Buffer b(64);
-      void* m = reg(r, comm, b);
-      void* q = postRecv(r, comm, b.data(), 64, 0, m);
-      int done = 0, sizes[8] = {};
-      ncclResult_t rc = ncclSuccess;
-      for (double t = seconds(); rc == ncclSuccess && !done && seconds() - t < 10 * r.options->scale; usleep(100))
-        rc = r.net.test(q, &done, sizes);
-      right = rc == ncclSuccess && done;
-      if (right) b.check(77, 64, "message past a stuck peer");
-      (void)byte;
+    while (right == SIZE_MAX) {
+      void* comm = nullptr;
+      requireOk(r.net.accept(listenComm, &comm));
+      if (comm != nullptr) {
+        auto buffer = std::make_unique<Buffer>(64);
+        void* m = reg(r, comm, *buffer);
+        void* q = postRecv(r, comm, buffer->data(), 64, 0, m);
+        candidates.push_back({comm, m, q, std::move(buffer)});
+      }
+      for (size_t i = 0; i < candidates.size(); i++) {
+        int done = 0, sizes[8] = {};
+        if (r.net.test(candidates[i].request, &done, sizes) == ncclSuccess && done) right = i;
+      }
       require(seconds() - begin < 60 * r.options->scale, "no connection past a stuck peer");
-      if (!right) r.net.closeRecv(comm);
-      if (right) dereg(r, comm, m);
+      usleep(50);
     }
+    candidates[right].buffer->check(77, 64, "message past a stuck peer");
     r.meet(0);
-    closeRecv(r, comm);
+    for (auto& c : candidates) {
+      r.net.deregMr(c.comm, c.mhandle);
+      r.net.closeRecv(c.comm);
+    }
     requireOk(r.net.closeListen(listenComm));
     r.sendValue(2, 'k');
     r.stop();

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 #include <sys/socket.h>
+#include <thread>
 #include <unistd.h>
 
 #include "harness.h"
@@ -288,6 +289,8 @@ CASE("leak.cycles", 2, 120, [](Rank& r) {
   require(error.empty(), "loading the plugin: %s", error.c_str());
   if (!r.net.hasFinalize()) skip("version %d has no finalize", r.net.version());
   r.net.unload();
+  std::thread([] {}).join(); // a sanitizer starts a thread of its own with the first one
+  const int before = threads();
   int fds = 0, tasks = 0;
   for (int i = 0; i < 8; i++) {
     r.start();
@@ -308,7 +311,7 @@ CASE("leak.cycles", 2, 120, [](Rank& r) {
   }
   require(openFds() <= fds, "%d descriptors are open after 8 cycles, %d after 2", openFds(), fds);
   require(threads() <= tasks, "%d threads run after 8 cycles, %d after 2", threads(), tasks);
-  require(threads() == 1, "%d threads run after finalize", threads());
+  require(threads() <= before, "%d threads run after finalize, %d did before init", threads(), before);
 });
 
 CASE("leak.failed_connections", 2, 120, [](Rank& r) {

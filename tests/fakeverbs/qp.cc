@@ -164,6 +164,17 @@ char* place(const ibv_sge& sge) {
 
 } // namespace
 
+__attribute__((no_sanitize_thread)) void dmaCopy(char* to, const char* from, uint64_t length) {
+  uint64_t i = 0;
+  for (; i < length && (uintptr_t(to + i) & 7) != 0; i++) static_cast<volatile char*>(to)[i] = from[i];
+  for (; i + 8 <= length; i += 8) {
+    uint64_t word;
+    __builtin_memcpy(&word, from + i, 8);
+    *reinterpret_cast<volatile uint64_t*>(to + i) = word;
+  }
+  for (; i < length; i++) static_cast<volatile char*>(to)[i] = from[i];
+}
+
 bool gather(const Qp& qp, const Wqe& w, uint64_t offset, char* out, uint64_t length) {
   if (w.flags & IBV_SEND_INLINE) {
     memcpy(out, w.inlineData.data() + offset, length);
@@ -179,7 +190,7 @@ bool gather(const Qp& qp, const Wqe& w, uint64_t offset, char* out, uint64_t len
 bool scatter(const Qp& qp, const std::vector<ibv_sge>& sges, uint64_t offset, const char* data, uint64_t length) {
   if (!listOk(qp, sges, IBV_ACCESS_LOCAL_WRITE)) return false;
   forRange(sges, offset, length, [&](const ibv_sge& sge, uint64_t inSge, uint64_t inData, uint64_t n) {
-    memcpy(place(sge) + inSge, data + inData, n);
+    dmaCopy(place(sge) + inSge, data + inData, n);
   });
   return true;
 }

@@ -225,6 +225,7 @@ void answer(Conn& conn, const Header& request, Kind kind, Syndrome syndrome, uin
 }
 
 void respond(Conn& conn, const Header& request, const char* data, uint64_t length) {
+  std::vector<char> buffer(std::min(fragmentSize, length));
   uint64_t offset = 0;
   do {
     Header h = {};
@@ -237,7 +238,8 @@ void respond(Conn& conn, const Header& request, const char* data, uint64_t lengt
     h.offset = offset;
     h.length = uint32_t(std::min(fragmentSize, length - offset));
     if (offset + h.length == length) h.flags = flagLast;
-    append(conn, h, data + offset);
+    dmaCopy(buffer.data(), data + offset, h.length);
+    append(conn, h, buffer.data());
     offset += h.length;
   } while (offset < length);
 }
@@ -261,7 +263,7 @@ int execute(Conn& conn, Qp& qp, const Header& h, const char* data) {
     char* to = h.total == 0 ? nullptr : target(qp, h, h.raddr, h.total, IBV_ACCESS_REMOTE_WRITE);
     if (h.total > 0 && to == nullptr) return nakAccess;
     if (h.op == IBV_WR_RDMA_WRITE_WITH_IMM && qp.rq.empty()) return nakNotReady;
-    if (h.length > 0) memcpy(to + h.offset, data, h.length);
+    if (h.length > 0) dmaCopy(to + h.offset, data, h.length);
     if (last && h.op == IBV_WR_RDMA_WRITE_WITH_IMM &&
         completeRecv(qp, IBV_WC_SUCCESS, IBV_WC_RECV_RDMA_WITH_IMM, h.total, true, h.imm, h.flags & flagSolicited) !=
           IBV_WC_SUCCESS)
