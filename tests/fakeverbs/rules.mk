@@ -6,3 +6,6 @@ $(FAKEVERBS): $(FAKEVERBS_OBJ) tests/fakeverbs/fakeverbs.map
 	$(Q)$(link) -shared -Wl,-soname,$(@F) -Wl,--version-script=tests/fakeverbs/fakeverbs.map -Wl,-z,defs $(FAKEVERBS_OBJ) $(LDLIBS)
 -include $(FAKEVERBS_OBJ:.o=.d)
 tests: $(if $(HAVE_NET),$(FAKEVERBS))
+.PHONY: test-fake
+test-fake: $(BUILDDIR)/bin/net_conformance $(FAKEVERBS) plugin
+	tests/fakeverbs/run $(BUILDDIR)

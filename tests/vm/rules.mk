@@ -6,7 +6,7 @@ $(PROBE): $(PROBE_OBJ)
 	$(Q)$(link) $(PROBE_OBJ) -libverbs $(LDLIBS)
 -include $(PROBE_OBJ:.o=.d)
 tests: $(if $(HAVE_NET),$(PROBE))
-.PHONY: test-rdma test-fake
+.PHONY: test-rdma
 RDMA_NEEDS = $(CONFORMANCE) $(FAKEVERBS) $(PROBE) plugin perf
 test-rdma: $(RDMA_NEEDS)
 	tests/vm/test-rdma $(abspath $(BUILDDIR))
