@@ -527,7 +527,7 @@ class DeviceBackend : public Backend {
   struct LastCall {
     UniqueEvent event;
     unsigned long long capture = 0; // 0: outside
-    unsigned long long stream = 0;  // its id: a handle may come to stand for another stream
+    unsigned long long stream = 0;  // outside captures, its id: a handle may come to stand for another stream
     bool any = false;
   };
 
@@ -538,8 +538,8 @@ class DeviceBackend : public Backend {
     MOECHECK(captureOf(stream, &capture));
     const LastCall& last = capture != 0 ? captured_ : eager_;
     if (!last.any || last.capture != capture) return ncclSuccess;
-    CUDACHECK(cudaStreamGetId(stream, &id));
-    if (last.stream != id) CUDACHECK(cudaStreamWaitEvent(stream, last.event.get(), 0));
+    if (capture == 0) CUDACHECK(cudaStreamGetId(stream, &id)); // not permitted while the stream is captured
+    if (capture != 0 || last.stream != id) CUDACHECK(cudaStreamWaitEvent(stream, last.event.get(), 0));
     return ncclSuccess;
   }
   ncclResult_t followed(cudaStream_t stream) {
@@ -547,7 +547,7 @@ class DeviceBackend : public Backend {
     MOECHECK(captureOf(stream, &capture));
     LastCall& last = capture != 0 ? captured_ : eager_;
     CUDACHECK(cudaEventRecord(last.event.get(), stream));
-    CUDACHECK(cudaStreamGetId(stream, &last.stream));
+    if (capture == 0) CUDACHECK(cudaStreamGetId(stream, &last.stream));
     last.capture = capture;
     last.any = true;
     return ncclSuccess;
