@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs NCCL's collectives over the net plugin, on a machine with GPUs and PyTorch.
 
-  tests/nccl/net_with_torch.py [--nodes 2] [--plugin build/lib] [--net MOE] [--bench]
+  tests/nccl/net_with_torch.py [--nodes 2] [--plugin build/lib] [--net MOE] [--bench 8,1048576] [--no-checks]
 
 Every rank pretends to be a node of its own (NCCL_HOSTID), so that all traffic goes through the network; several ranks may
 share a GPU.  Data are random from a printed seed and checked exactly.  NCCL_NET names the plugin's network, so that NCCL
@@ -37,7 +37,7 @@ def rank_main(args):
         if wrong:
             raise SystemExit(f"rank {rank}: {what}: {wrong} of {want.numel()} elements are wrong")
 
-    for round_, count in enumerate([1, 3, 1000, 4096, 65537, 1 << 20, (1 << 22) + 5]):
+    for round_, count in enumerate([] if args.no_checks else [1, 3, 1000, 4096, 65537, 1 << 20, (1 << 22) + 5]):
         all_ = inputs(args.seed + round_, count * nodes)
         mine = all_[rank].to(device)
         x = mine[:count].clone()
@@ -58,11 +58,12 @@ def rank_main(args):
                                             dist.P2POp(dist.irecv, out, of)]):
             work.wait()
         check("send and receive", out, all_[of][:count])
-    if rank == 0:
+    if rank == 0 and checks:
         print(f"{nodes} nodes, NCCL {torch.cuda.nccl.version()}: {checks} checks, 0 wrong", flush=True)
 
     if args.bench:
-        for bytes_, calls in [(8, 300), (1 << 20, 40), (64 << 20, 10)]:
+        for bytes_ in args.bench:
+            calls = max(10, min(300, (40 << 20) // bytes_))
             x = torch.ones(max(1, bytes_ // 4), device=device)
             y = torch.empty_like(x)
 
@@ -82,10 +83,10 @@ def rank_main(args):
                 if i >= 5:
                     times.append(time.perf_counter() - start)
             times.sort()
-            us = times[len(times) // 2] * 1e6
+            us, least = times[len(times) // 2] * 1e6, times[0] * 1e6
             if rank == 0:
-                print(f"send and receive of {bytes_} bytes, both ways: {us:.1f} us, {bytes_ / us * 1e-3:.2f} GB/s each way",
-                      flush=True)
+                print(f"send and receive of {bytes_} bytes, both ways: {us:.1f} us (least {least:.1f}), "
+                      f"{bytes_ / us * 1e-3:.2f} GB/s each way", flush=True)
     dist.destroy_process_group()
 
 
@@ -96,10 +97,13 @@ def main():
     parser.add_argument("--net", default="MOE")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=int, default=120)
-    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--bench", nargs="?", const="8,1048576,67108864", default="",
+                        help="times send and receive of these sizes in bytes (without a value: 8, 1 MiB, 64 MiB)")
+    parser.add_argument("--no-checks", action="store_true", help="for --bench alone")
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    bench, args.bench = args.bench, [int(size) for size in args.bench.split(",") if size]
     if args.rank >= 0:
         return rank_main(args)
     print(f"seed {args.seed}", flush=True)
@@ -112,7 +116,8 @@ def main():
                 env["NCCL_NET_PLUGIN"] = "moe"
                 env["LD_LIBRARY_PATH"] = args.plugin + ":" + env.get("LD_LIBRARY_PATH", "")
             command = [sys.executable, os.path.abspath(__file__), "--rank", str(rank), "--rendezvous", folder + "/meet",
-                       "--nodes", str(args.nodes), "--seed", str(args.seed)] + (["--bench"] if args.bench else [])
+                       "--nodes", str(args.nodes), "--seed", str(args.seed)] + \
+                      (["--bench", bench] if bench else []) + (["--no-checks"] if args.no_checks else [])
             ranks.append(subprocess.Popen(command, env=env))
         deadline = time.time() + args.timeout
         status = 0
