@@ -11,6 +11,7 @@
 // Puts and signals need no such thing: stream order makes a signal visible after the data of all earlier puts.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <list>
 #include <memory>
@@ -55,14 +56,27 @@ class TcpConnection : public Connection {
   ncclResult_t progress() override;
 
  private:
-  struct TcpRegion;
-  struct TcpRequest;
+  enum Kind { kindFree, kindSend, kindReceive };
+  struct TcpRegion : Region {
+    uint64_t key = 0;
+    char* data = nullptr;
+    size_t bytes = 0;
+  };
   struct Member {
     char* data = nullptr;
     size_t room = 0, received = 0;
     int tag = 0;
     uint64_t index = 0;
     bool granted = false, done = false;
+  };
+  struct TcpRequest : Request {
+    int kind = kindFree;
+    int n = 0, open = 0; // members, and those that have not received
+    Member members[maxGroup];
+    size_t bytes = 0;
+    int queued = 0;                     // pieces in the outgoing stream
+    std::atomic<uint64_t> remaining{0}; // bytes with the pollers
+    double begin = 0;
   };
   struct OutItem {
     MessageHeader header;
