@@ -129,9 +129,10 @@ ncclResult_t Link::registerOne(void* comm, Buffer& buffer, void** mr) {
   return named(net_->regMrDmaBuf(comm, buffer.data(), buffer.bytes(), 0, fd, mr), "regMrDmaBuf");
 }
 
-ncclResult_t Link::registerBuffers(CudaDriver* cuda, MemoryKind kind, size_t bytes) {
+ncclResult_t Link::registerBuffers(CudaDriver* cuda, MemoryKind kind, size_t bytes, size_t room) {
+  room_ = room;
   MOECHECK(Buffer::allocate(cuda, kind, bytes, &sendBuffer_));
-  MOECHECK(Buffer::allocate(cuda, kind, bytes, &recvBuffer_));
+  MOECHECK(Buffer::allocate(cuda, kind, bytes + room, &recvBuffer_));
   MOECHECK(registerOne(send_, sendBuffer_, &sendMr_));
   return registerOne(recv_, recvBuffer_, &recvMr_);
 }
@@ -151,7 +152,7 @@ ncclResult_t Link::postSend(size_t offset, size_t bytes, void** request) {
 
 ncclResult_t Link::postRecv(size_t offset, size_t bytes, void** request) {
   *request = nullptr;
-  return named(net_->irecv(recv_, recvBuffer_.data() + offset, bytes, tag, recvMr_, request), "irecv");
+  return named(net_->irecv(recv_, recvBuffer_.data() + offset, std::max(bytes, room_), tag, recvMr_, request), "irecv");
 }
 
 ncclResult_t Link::transfer(size_t nSend, size_t nRecv, size_t bytes, size_t stride, int slots, int window,

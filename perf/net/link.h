@@ -60,7 +60,7 @@ class Link {
 
   // Both processes call it; dev is this one's.
   ncclResult_t connect(NetApi* net, int dev, Control* control, int timeoutSeconds);
-  ncclResult_t registerBuffers(CudaDriver* cuda, MemoryKind kind, size_t bytes);
+  ncclResult_t registerBuffers(CudaDriver* cuda, MemoryKind kind, size_t bytes, size_t room);
   void close();
 
   Buffer& sendBuffer() { return sendBuffer_; }
@@ -82,6 +82,7 @@ class Link {
 
   NetApi* net_ = nullptr;
   int timeoutSeconds_ = 30;
+  size_t room_ = 0; // the least that receives offer
   void *listen_ = nullptr, *send_ = nullptr, *recv_ = nullptr;
   Buffer sendBuffer_, recvBuffer_;
   void *sendMr_ = nullptr, *recvMr_ = nullptr;

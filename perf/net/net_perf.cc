@@ -25,7 +25,7 @@ namespace {
 struct Plan {
   uint32_t magic = 0x6d6f6531;
   uint32_t bytes = sizeof(Plan);
-  uint64_t minBytes = 0, maxBytes = 0;
+  uint64_t minBytes = 0, maxBytes = 0, room = 0;
   double factor = 0, seconds = 0;
   int32_t iters = 0, window = 0, verify = 0, timeoutSeconds = 0;
   int32_t check = 0;   // 1: checkTransfers on device, of this kind
@@ -38,6 +38,7 @@ Plan planOf(const Options& o) {
   Plan plan;
   plan.minBytes = o.minBytes;
   plan.maxBytes = o.maxBytes;
+  plan.room = o.room;
   plan.factor = o.factor;
   plan.seconds = o.seconds;
   plan.iters = o.iters;
@@ -169,9 +170,9 @@ ncclResult_t runSide(Control control, Plan plan, bool first, const Options& o, i
   const size_t stride = (largest + 128) / 64 * 64;
   Link link;
   MOECHECK(link.connect(net.get(), device, &control, plan.timeoutSeconds));
-  MOECHECK(
-    link.registerBuffers(cuda.get(), MemoryKind(plan.kind),
-                         std::max(stride, std::min(stride * size_t(std::max(plan.window, 8)), stride + (64 << 20)))));
+  MOECHECK(link.registerBuffers(
+    cuda.get(), MemoryKind(plan.kind),
+    std::max(stride, std::min(stride * size_t(std::max(plan.window, 8)), stride + (64 << 20))), plan.room));
   MOECHECK(control.barrier());
 
   if (plan.check != 0) {

@@ -16,7 +16,7 @@ namespace moe {
 namespace netperf {
 namespace {
 
-enum LongOption { optJson = 256, optCheck, optPlugin, optVerify, optSeconds, optTimeout };
+enum LongOption { optJson = 256, optCheck, optPlugin, optVerify, optSeconds, optTimeout, optRoom };
 
 const option longOptions[] = {{"minbytes", required_argument, nullptr, 'b'},
                               {"maxbytes", required_argument, nullptr, 'e'},
@@ -35,6 +35,7 @@ const option longOptions[] = {{"minbytes", required_argument, nullptr, 'b'},
                               {"verify", required_argument, nullptr, optVerify},
                               {"seconds", required_argument, nullptr, optSeconds},
                               {"timeout", required_argument, nullptr, optTimeout},
+                              {"room", required_argument, nullptr, optRoom},
                               {"help", no_argument, nullptr, 'h'},
                               {}};
 
@@ -129,6 +130,10 @@ ncclResult_t parseOptions(int argc, char** argv, Options* o) {
     case optSeconds:
       MOECHECK(real("--seconds", optarg, 0.001, 3600, &o->seconds));
       break;
+    case optRoom:
+      MOECHECK(number("--room", optarg, 0, 1 << 26, &value));
+      o->room = size_t(value);
+      break;
     case optTimeout:
       MOECHECK(number("--timeout", optarg, 1, 86400, &value));
       o->timeoutSeconds = int(value);
@@ -147,22 +152,25 @@ ncclResult_t parseOptions(int argc, char** argv, Options* o) {
 }
 
 void printHelp() {
-  printf("net_perf [options]: bandwidth, latency and message rate of an NCCL net plugin between two processes\n"
-         "\n"
-         "Without -s and -c it starts both processes on this machine.\n"
-         "  -s                    waits for the other machine        -c HOST   takes the one where -s waits\n"
-         "  -p PORT               of that control connection (18517)\n"
-         "  --plugin FILE         the plugin (libnccl-net-moe.so beside this program)\n"
-         "  -d DEV                device of the plugin (0)\n"
-         "  -m host|cuda  -g GPU  which memory (host), which GPU (0)\n"
-         "  -b -e -f              smallest and largest message (8, 64M), factor between (8)\n"
-         "  -n N                  messages per measurement; default: as many as take --seconds S (0.3)\n"
-         "  -w N                  messages outstanding (16)\n"
-         "  --verify 0|1          compares the data (1)\n"
-         "  --timeout S           until a wait ends (30)\n"
-         "  --json FILE           writes the results there too\n"
-         "  --check               instead of measuring: describes machine, plugin and devices, and verifies data on\n"
-         "                        every device, in host and GPU memory.  Send its output with a report.\n");
+  printf(
+    "net_perf [options]: bandwidth, latency and message rate of an NCCL net plugin between two processes\n"
+    "\n"
+    "Without -s and -c it starts both processes on this machine.\n"
+    "  -s                    waits for the other machine        -c HOST   takes the one where -s waits\n"
+    "  -p PORT               of that control connection (18517)\n"
+    "  --plugin FILE         the plugin (libnccl-net-moe.so beside this program)\n"
+    "  -d DEV                device of the plugin (0)\n"
+    "  -m host|cuda  -g GPU  which memory (host), which GPU (0)\n"
+    "  -b -e -f              smallest and largest message (8, 64M), factor between (8)\n"
+    "  -n N                  messages per measurement; default: as many as take --seconds S (0.3)\n"
+    "  -w N                  messages outstanding (16)\n"
+    "  --room N              bytes that a receive offers where its message is smaller (the message's); NCCL posts\n"
+    "                        receives of its whole slots\n"
+    "  --verify 0|1          compares the data (1)\n"
+    "  --timeout S           until a wait ends (30)\n"
+    "  --json FILE           writes the results there too\n"
+    "  --check               instead of measuring: describes machine, plugin and devices, and verifies data on\n"
+    "                        every device, in host and GPU memory.  Send its output with a report.\n");
 }
 
 } // namespace netperf

@@ -16,6 +16,7 @@ struct Options {
   int iters = 0; // 0: as many as seconds allow
   double seconds = 0.3;
   int window = 16;
+  size_t room = 0; // that receives offer, if it is more than the message
   int device = 0;
   bool gpuMemory = false;
   int gpu = 0;

@@ -18,7 +18,8 @@ IntParam nSocketsParam{"NCCL_MOE_NET_TCP_SOCKETS", 0, 0, 32,
 IntParam nThreadsParam{"NCCL_MOE_NET_TCP_THREADS", 0, 0, 64,
                        "threads per process that move big TCP messages; 0: a quarter of the cores, at most 8"};
 IntParam inlineParam{"NCCL_MOE_NET_TCP_INLINE", 65536, 0, 1 << 20,
-                     "bytes up to which a TCP message is sent at once by the calling thread"};
+                     "bytes up to which a TCP message is sent at once by the calling thread, without asking whether "
+                     "its receive is posted"};
 IntParam windowParam{"NCCL_MOE_NET_TCP_WINDOW", 256, 8, 65536,
                      "small TCP messages that may be under way before their receives take them"};
 IntParam maxRecvsParam{"NCCL_MOE_NET_TCP_MAX_RECVS", 1, 1, maxGroup,

@@ -181,21 +181,7 @@ ncclResult_t TcpConnection::isend(const void* data, size_t bytes, int tag, Regio
     if (grant == nullptr) {
       counters_.retries++;
       if (peerClosed_) return broken(ncclRemoteError, "the peer has closed the connection");
-      if (!waiting_ || waitTag_ != tag || waitIndex_ != index) {
-        waiting_ = true;
-        wantSent_ = false;
-        waitTag_ = tag;
-        waitIndex_ = index;
-        waitSince_ = nowSeconds();
-      } else if (!wantSent_ && nowSeconds() - waitSince_ > wantAfter) {
-        wantSent_ = true;
-        MessageHeader want;
-        want.kind = MessageKind::want;
-        want.tag = tag;
-        want.index = index;
-        return send(want, nullptr, 0, nullptr);
-      }
-      return ncclSuccess;
+      return want(tag, index);
     }
     bytes = std::min<size_t>(bytes, grant->room);
   }
@@ -218,7 +204,6 @@ ncclResult_t TcpConnection::isend(const void* data, size_t bytes, int tag, Regio
   TcpRequest* r = take(kindSend);
   if (r == nullptr) return ncclSuccess;
   r->bytes = bytes;
-  waiting_ = false;
   sendCounters_.take(tag);
   counters_.sends++;
   counters_.sendBytes += bytes;
@@ -230,10 +215,14 @@ ncclResult_t TcpConnection::isend(const void* data, size_t bytes, int tag, Regio
     header.index = index;
     header.bytes = bytes;
     smallSent_++;
+    smallInARow_ = std::min(smallInARow_ + 1, maxVainGrants);
     result = send(header, data, bytes, r);
   } else {
+    smallInARow_ = 0;
     result = sendChunks(*grant, data, bytes, r);
   }
+  wants_.erase(std::remove_if(wants_.begin(), wants_.end(), [tag](const Want& w) { return w.tag == tag; }),
+               wants_.end());
   grants_.drop(tag, index);
   if (result != ncclSuccess) {
     give(r);
@@ -241,6 +230,23 @@ ncclResult_t TcpConnection::isend(const void* data, size_t bytes, int tag, Regio
   }
   *request = r;
   return ncclSuccess;
+}
+
+// Message (tag, index) has no grant.
+ncclResult_t TcpConnection::want(int tag, uint64_t index) {
+  auto item = std::find_if(wants_.begin(), wants_.end(), [tag](const Want& w) { return w.tag == tag; });
+  if (item == wants_.end()) {
+    if (wants_.size() == maxRequests * maxGroup) return ncclSuccess; // more tags than receives can have
+    wants_.push_back({tag, index, nowSeconds(), false});
+    item = wants_.end() - 1;
+  }
+  if (item->sent || (smallInARow_ < maxVainGrants && nowSeconds() - item->since < wantAfter)) return ncclSuccess;
+  item->sent = true;
+  MessageHeader header;
+  header.kind = MessageKind::want;
+  header.tag = tag;
+  header.index = index;
+  return send(header, nullptr, 0, nullptr);
 }
 
 ncclResult_t TcpConnection::sendChunks(const Grants::Entry& grant, const void* data, size_t bytes,
@@ -303,7 +309,7 @@ ncclResult_t TcpConnection::irecv(int n, void* const* data, const size_t* bytes,
     auto want = std::find(wanted_.begin(), wanted_.end(), std::make_pair(m.tag, m.index));
     const bool wanted = want != wanted_.end();
     if (wanted) wanted_.erase(want);
-    if (wanted || m.room > options_.inlineMax) MOECHECK(grant(slot));
+    if (wanted || (m.room > options_.inlineMax && vainGrants_ < maxVainGrants)) MOECHECK(grant(slot));
   }
   *request = r;
   return acknowledge();
@@ -402,6 +408,7 @@ ncclResult_t TcpConnection::test(Request* request, bool* done, size_t* bytes) {
       if (received == 0 || received < slot.total.load(std::memory_order_relaxed)) continue;
       m.received = received;
       m.done = true;
+      vainGrants_ = 0;
       posted_.erase(base + static_cast<uint32_t>(i));
       r->open--;
     }

@@ -6,8 +6,10 @@
 //
 // A small message (up to inlineMax) is sent at once.  The receiver keeps it if its receive is not posted yet; the
 // sender stops when `window` small messages are not consumed, which bounds what the receiver must keep.  A big message
-// needs a grant, which the receiver sends when a big receive is posted, so that it usually is there before the send;
-// where it is not, the sender says `want` after a moment (the receive may be a small one) and isend finds no room.
+// needs a grant, which the receiver sends when a big receive is posted, so that it usually is there before the send.
+// NCCL posts big receives for small messages too: after some grants in vain the receiver keeps them back, until a big
+// message has come.  Where there is no grant, isend finds no room, and the sender says `want`: at once if it has sent so
+// many small messages that the receiver may have stopped, otherwise after a moment (the receive may be a small one).
 // Puts and signals need no such thing: stream order makes a signal visible after the data of all earlier puts.
 #pragma once
 
@@ -57,6 +59,7 @@ class TcpConnection : public Connection {
 
  private:
   enum Kind { kindFree, kindSend, kindReceive };
+  static constexpr int maxVainGrants = 8;
   struct TcpRegion : Region {
     uint64_t key = 0;
     char* data = nullptr;
@@ -77,6 +80,12 @@ class TcpConnection : public Connection {
     int queued = 0;                     // pieces in the outgoing stream
     std::atomic<uint64_t> remaining{0}; // bytes with the pollers
     double begin = 0;
+  };
+  struct Want {
+    int tag = 0;
+    uint64_t index = 0;
+    double since = 0;
+    bool sent = false;
   };
   struct OutItem {
     MessageHeader header;
@@ -110,6 +119,7 @@ class TcpConnection : public Connection {
   void deliver(uint32_t slot, size_t bytes);
   ncclResult_t grant(uint32_t slot);
   ncclResult_t acknowledge();
+  ncclResult_t want(int tag, uint64_t index);
   ncclResult_t sendChunks(const Grants::Entry& grant, const void* data, size_t bytes, TcpRequest* request);
   ncclResult_t stream(const MessageHeader& header, const void* data, TcpRequest* request);
   void finish(TcpRequest* request);
@@ -146,16 +156,15 @@ class TcpConnection : public Connection {
   std::list<Unexpected> unexpected_;
   std::vector<std::pair<int, uint64_t>> wanted_; // asked for before they were posted
   uint64_t consumed_ = 0, acknowledged_ = 0, generation_ = 0;
+  int vainGrants_ = 0; // in a row
 
   // Sending side.
   TagCounters sendCounters_;
   Grants grants_;
   uint64_t smallSent_ = 0, smallConsumed_ = 0;
   size_t nextSocket_ = 0;
-  bool waiting_ = false, wantSent_ = false; // for a grant of (waitTag_, waitIndex_)
-  int waitTag_ = 0;
-  uint64_t waitIndex_ = 0;
-  double waitSince_ = 0;
+  std::vector<Want> wants_; // messages that found no grant, until they are sent
+  int smallInARow_ = 0;
 
   std::mutex regionMutex_;
   std::unordered_map<uint64_t, TcpRegion*> regions_;

@@ -12,6 +12,7 @@ namespace net {
 namespace {
 
 constexpr int readsAtOnce = 16;
+constexpr size_t copyMax = 512; // up to here a copy is cheaper than a list of two pieces
 
 } // namespace
 
@@ -59,11 +60,19 @@ ncclResult_t TcpConnection::send(const MessageHeader& header, const void* payloa
   item.bytes = bytes;
   item.request = request;
   if (out_.empty()) {
-    iovec parts[2] = {{&item.header, sizeof(item.header)}, {const_cast<char*>(item.payload), bytes}};
-    msghdr message = {};
-    message.msg_iov = parts;
-    message.msg_iovlen = bytes != 0 ? 2 : 1;
-    const ssize_t sent = sendmsg(stream_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t sent;
+    if (bytes <= copyMax) {
+      char packed[sizeof(header) + copyMax];
+      memcpy(packed, &header, sizeof(header));
+      if (bytes != 0) memcpy(packed + sizeof(header), payload, bytes);
+      sent = ::send(stream_.get(), packed, sizeof(header) + bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    } else {
+      iovec parts[2] = {{&item.header, sizeof(item.header)}, {const_cast<char*>(item.payload), bytes}};
+      msghdr message = {};
+      message.msg_iov = parts;
+      message.msg_iovlen = 2;
+      sent = sendmsg(stream_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    }
     if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
       return broken(ncclRemoteError, std::string("sending failed: ") + strerror(errno));
     }
@@ -78,6 +87,7 @@ ncclResult_t TcpConnection::send(const MessageHeader& header, const void* payloa
 // ---- incoming ----
 
 ncclResult_t TcpConnection::readStream() {
+  bool drained = false;
   for (int reads = 0;;) {
     // What is in the buffer.
     while (inEnd_ > inBegin_ || inPayload_) {
@@ -114,15 +124,20 @@ ncclResult_t TcpConnection::readStream() {
       inEnd_ -= inBegin_;
       inBegin_ = 0;
     }
-    if (peerClosed_ || reads++ == readsAtOnce) break;
+    if (drained || peerClosed_ || reads++ == readsAtOnce) break;
     iovec parts[2];
     int n = 0;
     if (inPayload_ && sinkLeft_ != 0) parts[n++] = {sink_, sinkLeft_};
     parts[n++] = {in_.data() + inEnd_, in_.size() - inEnd_};
-    msghdr message = {};
-    message.msg_iov = parts;
-    message.msg_iovlen = static_cast<size_t>(n);
-    const ssize_t got = recvmsg(stream_.get(), &message, MSG_DONTWAIT);
+    ssize_t got;
+    if (n == 1) {
+      got = recv(stream_.get(), parts[0].iov_base, parts[0].iov_len, MSG_DONTWAIT);
+    } else {
+      msghdr message = {};
+      message.msg_iov = parts;
+      message.msg_iovlen = static_cast<size_t>(n);
+      got = recvmsg(stream_.get(), &message, MSG_DONTWAIT);
+    }
     if (got < 0) {
       if (errno == EINTR) continue;
       if (errno == EAGAIN || errno == EWOULDBLOCK) break;
@@ -133,6 +148,8 @@ ncclResult_t TcpConnection::readStream() {
       peerClosed_ = true;
       break;
     }
+    // The socket had no more than that: asking again would cost a system call on the way of every small message.
+    drained = static_cast<size_t>(got) < parts[0].iov_len + (n == 2 ? parts[1].iov_len : 0);
     size_t direct = 0;
     if (n == 2) {
       direct = std::min(static_cast<size_t>(got), sinkLeft_);
@@ -223,6 +240,7 @@ void TcpConnection::deliver(uint32_t slot, size_t bytes) {
   Member& m = member(slot);
   m.received = bytes;
   m.done = true;
+  if (m.granted) vainGrants_++;
   consumed_++;
   posted_.erase(slot);
   shared_->slots[slot].generation.store(0, std::memory_order_release);

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 
@@ -328,6 +329,160 @@ TEST_F(Tcp, ManyBigMessagesAtOnce) {
     finish(receiver.get(), receives[i], nullptr, sender.get());
     ASSERT_EQ(memcmp(into[i].data(), data[i].data(), bytes), 0) << i;
   }
+}
+
+// As NCCL does it: every receive offers a whole slot, whatever comes.
+TEST_F(Tcp, SmallAndBigMessagesIntoBigReceivesStayInOrder) {
+  std::unique_ptr<Connection> sender, receiver;
+  connectPair(&sender, &receiver);
+  constexpr size_t room = 300000;
+  constexpr int total = 400, ahead = 5;
+  std::mt19937_64 random(23);
+  std::vector<std::vector<char>> data;
+  // Runs of one kind, longer and shorter than what makes the receiver keep its grants back or give them again.
+  for (bool big = false; data.size() < total; big = !big) {
+    for (size_t i = random() % 25; i > 0; i--) {
+      data.push_back(randomData(big ? 65537 + random() % (room - 65537) : random() % 65537, random()));
+    }
+  }
+  std::vector<std::vector<char>> into(ahead, std::vector<char>(room));
+  std::deque<Request*> receives, sends;
+  size_t posted = 0, sent = 0, received = 0;
+  ASSERT_TRUE(eventually([&] {
+    // Now and then the sender is ahead of the receiver, now and then behind.
+    const bool receiverFirst = posted / 40 % 2 == 0;
+    if ((receiverFirst || sent > received + 2) && posted < data.size() && receives.size() < ahead) {
+      std::fill(into[posted % ahead].begin(), into[posted % ahead].end(), '\x7e');
+      receives.push_back(mustReceive(receiver.get(), into[posted % ahead].data(), room, 9));
+      posted++;
+    }
+    if ((!receiverFirst || posted > sent) && sent < data.size()) {
+      Request* request = nullptr;
+      EXPECT_EQ(sender->isend(data[sent].data(), data[sent].size(), 9, nullptr, &request), ncclSuccess);
+      if (request != nullptr) {
+        sends.push_back(request);
+        sent++;
+      } else if (!receiverFirst && receives.empty()) { // a big one, for which a receive has to be there
+        receives.push_back(mustReceive(receiver.get(), into[posted % ahead].data(), room, 9));
+        posted++;
+      }
+    }
+    bool done = false;
+    if (!sends.empty()) {
+      EXPECT_EQ(sender->test(sends.front(), &done, nullptr), ncclSuccess);
+      if (done) sends.pop_front();
+    }
+    done = false;
+    size_t bytes = 0;
+    if (!receives.empty()) {
+      EXPECT_EQ(receiver->test(receives.front(), &done, &bytes), ncclSuccess);
+      if (done) {
+        receives.pop_front();
+        EXPECT_EQ(bytes, data[received].size()) << "message " << received;
+        EXPECT_EQ(memcmp(into[received % ahead].data(), data[received].data(), bytes), 0) << "message " << received;
+        received++;
+      }
+    }
+    return received == data.size() || HasFailure();
+  }));
+}
+
+TEST_F(Tcp, BigMessagesAfterManySmallOnesAskForTheirPlaceAtOnce) {
+  std::unique_ptr<Connection> sender, receiver;
+  connectPair(&sender, &receiver);
+  std::vector<char> into(200000);
+  for (int i = 0; i < 50; i++) {
+    Request* receive = mustReceive(receiver.get(), into.data(), into.size(), 0);
+    finish(sender.get(), mustSend(sender.get(), &i, sizeof(i), 0, receiver.get()), nullptr, receiver.get());
+    finish(receiver.get(), receive, nullptr, sender.get());
+    ASSERT_EQ(memcmp(into.data(), &i, sizeof(i)), 0);
+  }
+  const std::vector<char> data = randomData(into.size(), 8);
+  Request* receive = mustReceive(receiver.get(), into.data(), into.size(), 0);
+  Request* send = nullptr;
+  ASSERT_EQ(sender->isend(data.data(), data.size(), 0, nullptr, &send), ncclSuccess);
+  ASSERT_EQ(send, nullptr); // no grant went ahead, and this call asked
+  ASSERT_EQ(receiver->progress(), ncclSuccess);
+  ASSERT_EQ(sender->isend(data.data(), data.size(), 0, nullptr, &send), ncclSuccess);
+  ASSERT_NE(send, nullptr);
+  finish(sender.get(), send, nullptr, receiver.get());
+  finish(receiver.get(), receive, nullptr, sender.get());
+  EXPECT_EQ(into, data);
+  // From now on they go ahead again.
+  receive = mustReceive(receiver.get(), into.data(), into.size(), 0);
+  ASSERT_EQ(sender->isend(data.data(), data.size(), 0, nullptr, &send), ncclSuccess);
+  ASSERT_NE(send, nullptr);
+  finish(sender.get(), send, nullptr, receiver.get());
+  finish(receiver.get(), receive, nullptr, sender.get());
+}
+
+TEST_F(Tcp, SendsWithSeveralTagsWaitForReceivesThatAreTooSmallForThem) {
+  std::unique_ptr<Connection> sender, receiver;
+  connectPair(&sender, &receiver);
+  const std::vector<char> data = randomData(200000, 8);
+  std::vector<char> into[3] = {std::vector<char>(64, 1), std::vector<char>(64, 1), std::vector<char>(64, 1)};
+  Request* receives[3];
+  for (int i = 0; i < 3; i++) receives[i] = mustReceive(receiver.get(), into[i].data(), 50, i);
+  Request* sends[3] = {};
+  ASSERT_TRUE(eventually([&] { // in turns: none of them may start the wait of the others anew
+    int under = 0;
+    for (int i = 0; i < 3; i++) {
+      if (sends[i] == nullptr) {
+        EXPECT_EQ(sender->isend(data.data(), data.size() - size_t(i), i, nullptr, &sends[i]), ncclSuccess);
+      }
+      under += sends[i] != nullptr;
+    }
+    EXPECT_EQ(receiver->progress(), ncclSuccess);
+    return under == 3;
+  }));
+  for (int i = 0; i < 3; i++) {
+    size_t bytes = 0;
+    finish(sender.get(), sends[i], nullptr, receiver.get());
+    finish(receiver.get(), receives[i], &bytes, sender.get());
+    EXPECT_EQ(bytes, 50u);
+    EXPECT_EQ(memcmp(into[i].data(), data.data(), 50), 0);
+    EXPECT_EQ(into[i][50], 1);
+  }
+}
+
+TEST_F(Tcp, SmallMessagesThatCameBeforeTheirReceivesOutliveTheirSender) {
+  std::unique_ptr<Connection> sender, receiver;
+  connectPair(&sender, &receiver);
+  uint64_t values[20];
+  for (uint64_t i = 0; i < 20; i++) {
+    values[i] = i * 77;
+    finish(sender.get(), mustSend(sender.get(), &values[i], 8, 4, receiver.get()), nullptr, receiver.get());
+  }
+  sender.reset();
+  for (uint64_t i = 0; i < 20; i++) {
+    uint64_t value = 0;
+    Request* receive = mustReceive(receiver.get(), &value, 8, 4);
+    bool done = false;
+    ASSERT_TRUE(eventually([&] { return receiver->test(receive, &done, nullptr) != ncclSuccess || done; }));
+    ASSERT_TRUE(done) << lastError();
+    EXPECT_EQ(value, i * 77);
+  }
+  char byte;
+  Request* more = mustReceive(receiver.get(), &byte, 1, 4);
+  bool done = false;
+  EXPECT_TRUE(eventually([&] { return receiver->test(more, &done, nullptr) == ncclRemoteError; }));
+}
+
+TEST_F(Tcp, ASenderWithoutCreditsLearnsThatTheReceiverIsGone) {
+  std::unique_ptr<Connection> sender, receiver;
+  connectPair(&sender, &receiver);
+  uint64_t value = 1;
+  Request* request = nullptr;
+  int sent = 0;
+  for (; sent < 1000; sent++) {
+    ASSERT_EQ(sender->isend(&value, 8, 0, nullptr, &request), ncclSuccess);
+    if (request == nullptr) break;
+    finish(sender.get(), request, nullptr, receiver.get());
+  }
+  ASSERT_EQ(sent, 256); // the window: nothing is posted there
+  receiver.reset();
+  EXPECT_TRUE(eventually([&] { return sender->isend(&value, 8, 0, nullptr, &request) == ncclRemoteError; }));
+  EXPECT_EQ(sender->isend(&value, 8, 0, nullptr, &request), ncclRemoteError);
 }
 
 TEST_F(Tcp, ASignalComesAfterAllEarlierPuts) {
