@@ -31,6 +31,11 @@ NCCL_INC   := $(if $(NCCL_HOME),$(NCCL_HOME)/include)
 CUDA_CPP   := $(if $(NCCL_INC),-isystem $(NCCL_INC)) $(if $(CUDA_INC),-isystem $(CUDA_INC))
 hasHeaders  = $(shell printf '\#include <%s>\n' $(1) | $(CXX) -E -x c++ $(2) - >/dev/null 2>&1 && echo 1)
 HAVE_CUDA  := $(if $(NVCC),$(call hasHeaders,cuda_runtime.h nccl.h,$(CUDA_CPP)))
+CUDA_LIBDIR := $(if $(HAVE_CUDA),$(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)))
+NCCL_LIB   := $(if $(NCCL_HOME),-L$(NCCL_HOME)/lib) -lnccl
+# Examples for GPUs need libraries that nothing else is linked with.
+HAVE_CUBLAS := $(and $(HAVE_CUDA),$(call hasHeaders,cublas_v2.h,$(CUDA_CPP)),$(shell echo 'int main() {}' | \
+                 $(CXX) -x c++ - -o /dev/null -L$(CUDA_LIBDIR) $(NCCL_LIB) -lcublas 2>/dev/null && echo 1))
 HAVE_NET   := $(and $(shell $(PKG_CONFIG) --exists hwloc 2>/dev/null && echo 1),$(call hasHeaders,infiniband/verbs.h))
 
 # -------------------------------------------------------------------------------------------------------- flags ----
@@ -51,7 +56,7 @@ ifeq ($(WERROR),1)
   WERROR_NV := --Werror all-warnings -Xcompiler -Werror
 endif
 ifeq ($(HAVE_CUDA),1)
-  CUDA_LIBS := -L$(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)) -lcudart_static
+  CUDA_LIBS := -L$(CUDA_LIBDIR) -lcudart_static
 endif
 ifeq ($(MPI),1)
   MPI_CPP  := -DMOE_MPI -I$(MPI_HOME)/include
@@ -98,6 +103,7 @@ PERFS    := $(filter-out $(if $(HAVE_NET),,net),$(call dirs,perf))
 TESTS    := $(AREAS:%=$(BUILDDIR)/bin/test_%)
 PERF     := $(PERFS:%=$(BUILDDIR)/bin/%_perf)
 EXAMPLES := $(patsubst examples/%/main.cc,%,$(wildcard examples/*/main.cc))
+EXAMPLES_CUDA := $(if $(HAVE_CUBLAS),$(patsubst examples/%/main.cu,%,$(wildcard examples/*/main.cu)))
 FUZZERS  := $(patsubst tests/fuzz/%_fuzz.cc,%,$(wildcard tests/fuzz/*_fuzz.cc))
 COMMON   := $(call obj,$(call src,tests/common))
 
@@ -109,6 +115,9 @@ all: lib plugin perf
 ifneq ($(HAVE_CUDA),1)
 	@echo "note: built without the CUDA part (nvcc, cuda_runtime.h or nccl.h not found; see CUDA_HOME and NCCL_HOME)"
 endif
+ifeq ($(HAVE_CUDA)$(HAVE_CUBLAS),1)
+	@echo "note: examples for GPUs cannot be built (libnccl.so or cuBLAS not found)"
+endif
 ifeq ($(HAVE_NET),)
 	@echo "note: built without the network plugin (hwloc or infiniband/verbs.h not found; see scripts/packages.txt)"
 endif
@@ -116,7 +125,7 @@ lib: $(LIB) $(STATIC) $(HEADERS) $(PC)
 plugin: $(PLUGIN)
 perf: $(PERF)
 tests: $(TESTS)
-examples: $(EXAMPLES:%=$(BUILDDIR)/bin/%)
+examples: $(EXAMPLES:%=$(BUILDDIR)/bin/%) $(EXAMPLES_CUDA:%=$(BUILDDIR)/bin/%)
 
 # ---------------------------------------------------------------------------------------------------- compiling ----
 # Objects depend on the flags they were compiled with: a change of SANITIZE, DEBUG, NVCC_GENCODE ... recompiles.
@@ -191,6 +200,12 @@ $(EXAMPLES:%=$(BUILDDIR)/bin/%): $(BUILDDIR)/bin/%: examples/%/main.cc $(LIB) $(
 	$(call say,Compiling,$<)mkdir -p $(@D)
 	$(Q)$(CXX) -std=c++17 -Wall -Wextra $(WERROR_C) $(if $(SANITIZE),-fsanitize=$(SANITIZE)) -I$(BUILDDIR)/include \
 	  $(if $(filter 1,$(HAVE_CUDA)),$(CUDA_CPP),-DNCCL_MOE_NO_CUDA) $< -o $@ $(RPATH) -L$(BUILDDIR)/lib -lmoenccl -pthread
+# Those for GPUs are nvcc's, and linked with NCCL and cuBLAS.
+$(EXAMPLES_CUDA:%=$(BUILDDIR)/bin/%): $(BUILDDIR)/bin/%: $(wildcard examples/*/*) $(LIB) $(HEADERS)
+	$(call say,Compiling,examples/$*)mkdir -p $(@D)
+	$(Q)$(NVCC) -std=c++17 $(NVCC_GENCODE) --threads 2 -O2 -Xcompiler -Wall,-Wextra $(WERROR_NV) -I$(BUILDDIR)/include \
+	  $(CUDA_CPP) $(wildcard examples/$*/*.cu examples/$*/*.cc) -o $@ -Xlinker -rpath='$$ORIGIN/../lib',-rpath=$(CUDA_LIBDIR) \
+	  -L$(BUILDDIR)/lib -lmoenccl $(NCCL_LIB) -lcublas
 
 $(BUILDDIR)/include/%.h: include/%.h
 	$(Q)mkdir -p $(@D)
