@@ -1,6 +1,7 @@
 #include "perf/moe/bench.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "perf/moe/checker.h"
 #include "perf/moe/numeric.h"
@@ -148,6 +149,55 @@ class RankRun {
     return ncclSuccess;
   }
 
+  // rowsTo[r], rowsFrom[r]: rows to and from each other rank.  They lie ready in the order of the ranks.
+  ncclResult_t timeRival(const std::vector<int64_t>& rowsTo, const std::vector<int64_t>& rowsFrom, size_t rowBytes,
+                         double* us) {
+    std::vector<size_t> sendBytes;
+    std::vector<size_t> recvBytes;
+    for (const int64_t rows : rowsTo) sendBytes.push_back(static_cast<size_t>(rows) * rowBytes);
+    for (const int64_t rows : rowsFrom) recvBytes.push_back(static_cast<size_t>(rows) * rowBytes);
+    const size_t zero = 16; // for ranks that move nothing
+    void* send = nullptr;
+    void* recv = nullptr;
+    PERFCHECK(device_.alloc(&send, std::accumulate(sendBytes.begin(), sendBytes.end(), zero)));
+    PERFCHECK(device_.alloc(&recv, std::accumulate(recvBytes.begin(), recvBytes.end(), zero)));
+    const Call exchange = [&](cudaStream_t stream) {
+      return device_.exchange(send, sendBytes, recv, recvBytes, stream);
+    };
+    PERFCHECK(exchange(device_.stream())); // NCCL connects the ranks, which does not belong into a graph
+    PERFCHECK(device_.synchronize());
+    Measurement rival;
+    PERFCHECK(timeCall(exchange, &rival));
+    *us = rival.us;
+    // Freeing waits for the GPUs of the process, where no kernel may wait for this rank.
+    PERFCHECK(group_.barrier());
+    device_.free(send);
+    device_.free(recv);
+    return group_.barrier();
+  }
+
+  ncclResult_t timeRivals(const Shape& s, const Routing& routing, int index, int nSizes, SizeResult* result) {
+    progress(index, nSizes, "timing NCCL");
+    const int me = group_.rank();
+    const auto rows = [&](int from, int to, bool perSelection) {
+      return from == to ? int64_t{0} : rowsBetween(s, routing, from, to, perSelection);
+    };
+    for (const bool combine : {false, true}) {
+      const bool perSelection = combine && s.exact;
+      std::vector<int64_t> ofMine;   // of this rank's tokens, by the rank they go to
+      std::vector<int64_t> ofOthers; // of each rank's tokens, those that come here
+      for (int r = 0; r < s.nRanks; r++) {
+        ofMine.push_back(rows(me, r, perSelection));
+        ofOthers.push_back(rows(r, me, perSelection));
+      }
+      if (combine)
+        PERFCHECK(timeRival(ofOthers, ofMine, s.combineRowBytes(), &result->combine.rivalUs));
+      else
+        PERFCHECK(timeRival(ofMine, ofOthers, s.recvRowBytes() + s.scaleBytes, &result->dispatch.rivalUs));
+    }
+    return ncclSuccess;
+  }
+
   ncclResult_t sumOverRanks(int64_t mine, int64_t* sum) {
     std::vector<int64_t> all(group_.nRanks());
     PERFCHECK(group_.allGather(&mine, all.data(), sizeof(mine)));
@@ -203,6 +253,7 @@ class RankRun {
     progress(index, nSizes, "timing combine");
     PERFCHECK(device_.roofline(shape.combineRowBytes(), &result->combine.roofline));
     PERFCHECK(timeCall(combine, &result->combine));
+    if (o_.rivalNccl && shape.nRanks > 1) PERFCHECK(timeRivals(shape, routing, index, nSizes, result));
     if (o_.checks == 0) return ncclSuccess;
     int64_t wrongDispatch = 0;
     int64_t wrongCombine = 0;

@@ -17,10 +17,12 @@ struct Measurement {
   double allBytes = 0;  // the own rank's rows included
   double roofline = 0;  // GB/s; 0: not known
   int64_t wrong = -1;   // of all ranks; -1: not checked
+  double rivalUs = 0;   // plain NCCL's time; 0: not measured
 
   double wireRate() const { return us > 0 ? wireBytes / us * 1e-3 : 0; } // GB/s
   // Time over that of the roofline; 0 where there is none.
   double ratio() const { return wireBytes > 0 && roofline > 0 ? us * 1e3 * roofline / wireBytes : 0; }
+  double rivalRatio() const { return us > 0 ? rivalUs / us : 0; }
   double allRatio() const { return allBytes > 0 && roofline > 0 ? us * 1e3 * roofline / allBytes : 0; }
 };
 

@@ -32,6 +32,10 @@ struct NcclFunctions {
   decltype(&ncclCommInitRank) commInitRank = nullptr;
   decltype(&ncclCommDestroy) commDestroy = nullptr;
   decltype(&ncclGetErrorString) getErrorString = nullptr;
+  decltype(&ncclGroupStart) groupStart = nullptr;
+  decltype(&ncclGroupEnd) groupEnd = nullptr;
+  decltype(&ncclSend) send = nullptr;
+  decltype(&ncclRecv) recv = nullptr;
 };
 
 template <typename F> bool find(void* library, const char* name, F* function) {
@@ -44,7 +48,9 @@ ncclResult_t openNccl(NcclFunctions* f) {
   void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
   if (library == nullptr) return perfFail(ncclSystemError, "%s", dlerror());
   if (!find(library, "ncclGetUniqueId", &f->getUniqueId) || !find(library, "ncclCommInitRank", &f->commInitRank) ||
-      !find(library, "ncclCommDestroy", &f->commDestroy) || !find(library, "ncclGetErrorString", &f->getErrorString))
+      !find(library, "ncclCommDestroy", &f->commDestroy) || !find(library, "ncclGetErrorString", &f->getErrorString) ||
+      !find(library, "ncclGroupStart", &f->groupStart) || !find(library, "ncclGroupEnd", &f->groupEnd) ||
+      !find(library, "ncclSend", &f->send) || !find(library, "ncclRecv", &f->recv))
     return perfFail(ncclSystemError, "libnccl.so.2 lacks a function: %s", dlerror());
   return ncclSuccess;
 }
@@ -194,6 +200,24 @@ class CudaDevice : public Device {
     free(receive);
     free(targets);
     return ncclSuccess;
+  }
+
+  ncclResult_t exchange(const void* send, const std::vector<size_t>& sendBytes, void* recv,
+                        const std::vector<size_t>& recvBytes, cudaStream_t stream) override {
+    const char* from = static_cast<const char*>(send);
+    char* to = static_cast<char*>(recv);
+    PERFCHECK(checkNccl(nccl_.groupStart(), "ncclGroupStart"));
+    ncclResult_t result = ncclSuccess;
+    for (int r = 0; r < group_.nRanks(); r++) {
+      if (sendBytes[r] > 0 && result == ncclSuccess)
+        result = nccl_.send(from, sendBytes[r], ncclInt8, r, comm_, stream);
+      if (recvBytes[r] > 0 && result == ncclSuccess) result = nccl_.recv(to, recvBytes[r], ncclInt8, r, comm_, stream);
+      from += sendBytes[r];
+      to += recvBytes[r];
+    }
+    const ncclResult_t ended = nccl_.groupEnd();
+    PERFCHECK(checkNccl(result, "ncclSend or ncclRecv"));
+    return checkNccl(ended, "ncclGroupEnd");
   }
 
  private:

@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "perf/moe/group.h"
 #include "perf/moe/options.h"
@@ -32,6 +33,9 @@ class Device {
   // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest rank's.
   // 0 where it cannot be measured.
   virtual ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) = 0;
+  // One group of plain ncclSend and ncclRecv: sendBytes[r] to rank r and recvBytes[r] from it, in the order of the ranks.
+  virtual ncclResult_t exchange(const void* send, const std::vector<size_t>& sendBytes, void* recv,
+                                const std::vector<size_t>& recvBytes, cudaStream_t stream) = 0;
 };
 
 // rendezvous: the file:// address of the host backend.

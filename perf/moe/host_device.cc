@@ -127,6 +127,11 @@ class HostDevice : public Device {
     return ncclSuccess;
   }
 
+  ncclResult_t exchange(const void* /*send*/, const std::vector<size_t>& /*sendBytes*/, void* /*recv*/,
+                        const std::vector<size_t>& /*recvBytes*/, cudaStream_t /*stream*/) override {
+    return perfFail(ncclInvalidUsage, "--rival nccl is for --device cuda");
+  }
+
  private:
   // Times of the monotonic clock, which all processes of a machine share.
   struct Interval {

@@ -34,6 +34,7 @@ enum LongOption {
   optRouting,
   optGraph,
   optMemory,
+  optRival,
 };
 
 const option longOptions[] = {
@@ -66,6 +67,7 @@ const option longOptions[] = {
   {"routing", required_argument, nullptr, optRouting},
   {"graph", required_argument, nullptr, optGraph},
   {"memory", required_argument, nullptr, optMemory},
+  {"rival", required_argument, nullptr, optRival},
   {nullptr, 0, nullptr, 0},
 };
 
@@ -127,6 +129,7 @@ const Choice<ncclMoeScaleLayout_t> scaleLayouts[] = {{"row", ncclMoeScaleRowMajo
 const Choice<ncclMoeMode_t> modes[] = {
   {"auto", ncclMoeModeAuto}, {"throughput", ncclMoeModeThroughput}, {"latency", ncclMoeModeLatency}};
 const Choice<bool> weightings[] = {{"inside", true}, {"outside", false}};
+const Choice<bool> rivals[] = {{"none", false}, {"nccl", true}};
 const Choice<bool> memories[] = {{"library", true}, {"plain", false}};
 
 ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
@@ -227,6 +230,8 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
     return toInt(opt, arg, 0, 100000, &o->graphCalls);
   case optMemory:
     return choose(opt, arg, memories, &o->libraryMemory);
+  case optRival:
+    return choose(opt, arg, rivals, &o->rivalNccl);
   default:
     return perfFail(ncclInvalidArgument, "unknown option, or an option without its value; see --help");
   }
@@ -370,6 +375,10 @@ const char* usageText() {
          "  -c, --check N             verified runs, apart from the timed ones; 0: none (1)\n"
          "      --graph N             times N calls in a row, on cuda as one captured graph, and prints the time of "
          "one\n"
+         "      --rival R             none, nccl: also times the same rows between the same ranks by plain ncclSend "
+         "and\n"
+         "                            ncclRecv, in whose favour counts, order and own rows are left out; cuda only "
+         "(none)\n"
          "      --timeout SECONDS     of every wait on another rank (100)\n"
          "      --json FILE           writes the results there too\n";
 }

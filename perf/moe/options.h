@@ -47,6 +47,7 @@ struct Options {
   int timeoutSeconds = 100;
   int graphCalls = 0;        // 0: one call is timed
   bool libraryMemory = true; // rows lie in ncclMoeMemAlloc's memory
+  bool rivalNccl = false;    // time plain sends and receives too
   RoutingSpec routing;
   std::string routingText = "uniform";
   std::string jsonPath;

@@ -155,6 +155,16 @@ Traffic trafficOf(const Shape& s, const Routing& routing) {
   return traffic;
 }
 
+int64_t rowsBetween(const Shape& s, const Routing& routing, int from, int to, bool perSelection) {
+  int64_t rows = 0;
+  for (int t = 0; t < s.nTokens; t++) {
+    int n = 0;
+    forSelections(s, routing.of(from, t), to, [&](int, int) { n++; });
+    rows += perSelection ? n : std::min(n, 1);
+  }
+  return rows;
+}
+
 void tokenRow(const Shape& s, int rank, int token, void* row) {
   fillRow(s.type, keyOf(s.seed, Purpose::row, rank, token), s.hidden, row);
 }

@@ -79,6 +79,9 @@ struct Traffic {
 };
 Traffic trafficOf(const Shape& shape, const Routing& routing);
 
+// Rows that cross from one rank to another in dispatch, and back in combine: one for each token, or each selection.
+int64_t rowsBetween(const Shape& shape, const Routing& routing, int from, int to, bool perSelection);
+
 // The data.
 void tokenRow(const Shape& shape, int rank, int token, void* row);                  // what is given to dispatch
 void tokenScales(const Shape& shape, int rank, int token, void* scales);            // type fp8

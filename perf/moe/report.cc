@@ -3,7 +3,9 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -24,17 +26,52 @@ std::string number(double value, const char* format) {
 
 std::string wrongText(int64_t wrong) { return wrong < 0 ? "N/A" : std::to_string(wrong); }
 
-void printMeasurement(const Measurement& m) {
-  printf("  %11.0f %10.1f %8s %8s %6s %6s %7s", m.wireBytes, m.us, number(m.wireRate(), "%.2f").c_str(),
-         number(m.roofline, "%.2f").c_str(), number(m.ratio(), "%.2f").c_str(), number(m.allRatio(), "%.2f").c_str(),
-         wrongText(m.wrong).c_str());
+struct Column {
+  const char* name;
+  const char* unit;
+  int width;
+};
+
+// Of each collective.
+std::vector<Column> columnsOf(const Options& o) {
+  std::vector<Column> columns = {{"wire B", "(B)", 11},     {"time", "(us)", 10}, {"wire BW", "(GB/s)", 8},
+                                 {"roofline", "(GB/s)", 8}, {"ratio", "", 6},     {"all", "", 6}};
+  if (o.rivalNccl) columns.insert(columns.end(), {{"nccl", "(us)", 10}, {"/time", "", 6}});
+  columns.push_back({"#wrong", "", 7});
+  return columns;
 }
 
-void printHeading(const char* first, const char* second, const char* const (&columns)[7]) {
-  printf("# %8s %9s", first, second);
+void printMeasurement(const Measurement& m, const Options& o) {
+  std::vector<std::string> values = {std::to_string(std::llround(m.wireBytes)),
+                                     number(m.us, "%.1f"),
+                                     number(m.wireRate(), "%.2f"),
+                                     number(m.roofline, "%.2f"),
+                                     number(m.ratio(), "%.2f"),
+                                     number(m.allRatio(), "%.2f")};
+  if (o.rivalNccl) values.insert(values.end(), {number(m.rivalUs, "%.1f"), number(m.rivalRatio(), "%.2f")});
+  values.push_back(wrongText(m.wrong));
+  const std::vector<Column> columns = columnsOf(o);
+  printf(" ");
+  for (size_t i = 0; i < columns.size(); i++) printf(" %*s", columns[i].width, values[i].c_str());
+}
+
+// A line over each collective's columns.
+void printTitles(const std::vector<Column>& columns) {
+  int width = -1;
+  for (const Column& c : columns) width += c.width + 1;
+  printf("# %8s %9s", "", "");
+  for (const char* name : {" dispatch ", " combine "}) {
+    const int dashes = width - static_cast<int>(strlen(name));
+    printf("  %s%s%s", std::string(dashes / 2, '-').c_str(), name, std::string(dashes - dashes / 2, '-').c_str());
+  }
+  printf("\n");
+}
+
+void printHeading(const std::vector<Column>& columns, bool units) {
+  printf("# %8s %9s", units ? "" : "tokens", units ? "" : "rows");
   for (int collective = 0; collective < 2; collective++) {
-    printf("  %11s %10s %8s %8s %6s %6s %7s", columns[0], columns[1], columns[2], columns[3], columns[4], columns[5],
-           columns[6]);
+    printf(" ");
+    for (const Column& c : columns) printf(" %*s", c.width, units ? c.unit : c.name);
   }
   printf("\n");
 }
@@ -48,6 +85,7 @@ nlohmann::json toJson(const Measurement& m) {
   if (m.ratio() > 0) j["ratio"] = m.ratio();
   if (m.allRatio() > 0) j["all_ratio"] = m.allRatio();
   if (m.wrong >= 0) j["wrong"] = m.wrong;
+  if (m.rivalUs > 0) j["nccl_us"] = m.rivalUs;
   return j;
 }
 
@@ -114,12 +152,15 @@ void Report::header() {
     "#           combine reads, the rank's own too\n"
     "# #wrong    elements of any output that differ from what the seed says, or should not have been written\n#\n",
     o_.topK, s.exact ? " and selection" : "", info_.backend == "host" ? "memcpy rows" : "push rows to random peers");
-  printf("# %8s %9s  %-62s  %s\n", "", "", "--------------------------- dispatch -------------------------",
-         "--------------------------- combine --------------------------");
-  const char* names[] = {"wire B", "time", "wire BW", "roofline", "ratio", "all", "#wrong"};
-  const char* units[] = {"(B)", "(us)", "(GB/s)", "(GB/s)", "", "", ""};
-  printHeading("tokens", "rows", names);
-  printHeading("", "", units);
+  if (o_.rivalNccl)
+    printf(
+      "# nccl      time of one group of ncclSend and ncclRecv of the same rows between the same ranks; the counts are\n"
+      "#           known and the rows lie in the order of the ranks; own rows, ids and weights do not move;\n"
+      "#           /time: that over ours\n#\n");
+  const std::vector<Column> columns = columnsOf(o_);
+  printTitles(columns);
+  printHeading(columns, false);
+  printHeading(columns, true);
   fflush(stdout);
 }
 
@@ -135,8 +176,8 @@ void Report::result(const SizeResult& result) {
   progressShown_ = false;
   results_.push_back(result);
   printf("  %8d %9lld", result.nTokens, static_cast<long long>(result.nRows));
-  printMeasurement(result.dispatch);
-  printMeasurement(result.combine);
+  printMeasurement(result.dispatch, o_);
+  printMeasurement(result.combine, o_);
   printf("\n");
   fflush(stdout);
 }
