@@ -43,10 +43,12 @@ class RankRun {
     BufferSet buffers(device_, comm_.get(), o_.libraryMemory);
     PERFCHECK(buffers.take(largest, group_.rank(), maxSlots));
     for (size_t i = 0; i < steps.size(); i++) {
-      SizeResult result;
-      PERFCHECK(runSize(steps[i], buffers.get(), static_cast<int>(i), static_cast<int>(steps.size()), &result));
-      *wrong += std::max<int64_t>(0, result.dispatch.wrong) + std::max<int64_t>(0, result.combine.wrong);
-      if (observer_ != nullptr) observer_->result(result);
+      std::vector<SizeResult> results;
+      PERFCHECK(runSize(steps[i], buffers.get(), static_cast<int>(i), static_cast<int>(steps.size()), &results));
+      for (const SizeResult& result : results) {
+        *wrong += std::max<int64_t>(0, result.dispatch.wrong) + std::max<int64_t>(0, result.combine.wrong);
+        if (observer_ != nullptr) observer_->result(result);
+      }
     }
     PERFCHECK(buffers.release());
     PERFCHECK(group_.barrier()); // nobody leaves while another still works
@@ -73,7 +75,6 @@ class RankRun {
     config.maxTopK = o_.topK;
     config.maxRowBytes = std::max(largest.sendRowBytes(), largest.combineRowBytes());
     config.mode = o_.mode;
-    config.numSms = o_.numSms;
     config.timeoutMs = o_.timeoutSeconds * 1000;
     ncclMoeComm_t comm = nullptr;
     PERFCHECK(device_.commInit(&comm, config));
@@ -149,18 +150,26 @@ class RankRun {
     return ncclSuccess;
   }
 
-  // rowsTo[r], rowsFrom[r]: rows to and from each other rank.  They lie ready in the order of the ranks.
-  ncclResult_t timeRival(const std::vector<int64_t>& rowsTo, const std::vector<int64_t>& rowsFrom, size_t rowBytes,
-                         double* us) {
+  // The rows of dispatch or combine by plain sends and receives.  They lie ready in the order of the ranks.
+  ncclResult_t timeRival(bool combine, const Shape& s, const Routing& routing, double* us) {
+    const size_t rowBytes = combine ? s.combineRowBytes() : s.recvRowBytes() + s.scaleBytes;
+    const auto bytes = [&](int owner, int holder) {
+      if (owner == holder) return size_t{0};
+      return static_cast<size_t>(rowsBetween(s, routing, owner, holder, combine && s.exact)) * rowBytes;
+    };
     std::vector<size_t> sendBytes;
     std::vector<size_t> recvBytes;
-    for (const int64_t rows : rowsTo) sendBytes.push_back(static_cast<size_t>(rows) * rowBytes);
-    for (const int64_t rows : rowsFrom) recvBytes.push_back(static_cast<size_t>(rows) * rowBytes);
-    const size_t zero = 16; // for ranks that move nothing
+    for (int r = 0; r < s.nRanks; r++) {
+      const size_t mine = bytes(group_.rank(), r);
+      const size_t theirs = bytes(r, group_.rank());
+      sendBytes.push_back(combine ? theirs : mine);
+      recvBytes.push_back(combine ? mine : theirs);
+    }
+    const size_t one = 1; // for ranks that move nothing
     void* send = nullptr;
     void* recv = nullptr;
-    PERFCHECK(device_.alloc(&send, std::accumulate(sendBytes.begin(), sendBytes.end(), zero)));
-    PERFCHECK(device_.alloc(&recv, std::accumulate(recvBytes.begin(), recvBytes.end(), zero)));
+    PERFCHECK(device_.alloc(&send, std::accumulate(sendBytes.begin(), sendBytes.end(), one)));
+    PERFCHECK(device_.alloc(&recv, std::accumulate(recvBytes.begin(), recvBytes.end(), one)));
     const Call exchange = [&](cudaStream_t stream) {
       return device_.exchange(send, sendBytes, recv, recvBytes, stream);
     };
@@ -176,28 +185,6 @@ class RankRun {
     return group_.barrier();
   }
 
-  ncclResult_t timeRivals(const Shape& s, const Routing& routing, int index, int nSizes, SizeResult* result) {
-    progress(index, nSizes, "timing NCCL");
-    const int me = group_.rank();
-    const auto rows = [&](int from, int to, bool perSelection) {
-      return from == to ? int64_t{0} : rowsBetween(s, routing, from, to, perSelection);
-    };
-    for (const bool combine : {false, true}) {
-      const bool perSelection = combine && s.exact;
-      std::vector<int64_t> ofMine;   // of this rank's tokens, by the rank they go to
-      std::vector<int64_t> ofOthers; // of each rank's tokens, those that come here
-      for (int r = 0; r < s.nRanks; r++) {
-        ofMine.push_back(rows(me, r, perSelection));
-        ofOthers.push_back(rows(r, me, perSelection));
-      }
-      if (combine)
-        PERFCHECK(timeRival(ofOthers, ofMine, s.combineRowBytes(), &result->combine.rivalUs));
-      else
-        PERFCHECK(timeRival(ofMine, ofOthers, s.recvRowBytes() + s.scaleBytes, &result->dispatch.rivalUs));
-    }
-    return ncclSuccess;
-  }
-
   ncclResult_t sumOverRanks(int64_t mine, int64_t* sum) {
     std::vector<int64_t> all(group_.nRanks());
     PERFCHECK(group_.allGather(&mine, all.data(), sizeof(mine)));
@@ -206,7 +193,8 @@ class RankRun {
     return ncclSuccess;
   }
 
-  ncclResult_t runSize(int nTokens, const Buffers& b, int index, int nSizes, SizeResult* result) {
+  // A result for each number of SMs.
+  ncclResult_t runSize(int nTokens, const Buffers& b, int index, int nSizes, std::vector<SizeResult>* results) {
     progress(index, nSizes, "preparing");
     const Shape shape = shapeOf(o_, group_.nRanks(), nTokens);
     const Routing routing(shape, *source_);
@@ -223,8 +211,8 @@ class RankRun {
     if (created != ncclSuccess) return libraryFail(created, comm_.get());
     const RoutingPtr owner(handle, RoutingDeleter{comm_.get()});
 
-    const ncclMoeDispatchArgs_t dispatchArguments = dispatchArgs(shape, b, c.capacity);
-    const ncclMoeCombineArgs_t combineArguments = combineArgs(shape, b);
+    ncclMoeDispatchArgs_t dispatchArguments = dispatchArgs(shape, b, c.capacity);
+    ncclMoeCombineArgs_t combineArguments = combineArgs(shape, b);
     const Call dispatch = [&](cudaStream_t stream) {
       const ncclResult_t r = ncclMoeDispatch(&dispatchArguments, handle, comm_.get(), stream);
       return r == ncclSuccess ? r : libraryFail(r, comm_.get());
@@ -237,35 +225,48 @@ class RankRun {
     const Traffic traffic = trafficOf(shape, routing);
     int64_t rows = 0;
     PERFCHECK(sumOverRanks(static_cast<int64_t>(delivery.rows.size()), &rows));
-    result->nTokens = nTokens;
-    result->nRows = rows / shape.nRanks;
-    result->dispatch.wireBytes = traffic.wireDispatch;
-    result->dispatch.allBytes = traffic.allDispatch;
-    result->combine.wireBytes = traffic.wireCombine;
-    result->combine.allBytes = traffic.allCombine;
+    SizeResult first;
+    first.nTokens = nTokens;
+    first.nRows = rows / shape.nRanks;
+    first.dispatch.wireBytes = traffic.wireDispatch;
+    first.dispatch.allBytes = traffic.allDispatch;
+    first.combine.wireBytes = traffic.wireCombine;
+    first.combine.allBytes = traffic.allCombine;
 
     PERFCHECK(writeInputs(device_, b, c));
     PERFCHECK(writeExpertRows(device_, b, c));
-    // Next to the call it is compared with: on a shared machine what it gives changes from minute to minute.
+    // Next to the calls they are compared with: on a shared machine what the link gives changes from minute to minute.
     progress(index, nSizes, "timing dispatch");
-    PERFCHECK(device_.roofline(shape.recvRowBytes() + shape.scaleBytes, &result->dispatch.roofline));
-    PERFCHECK(timeCall(dispatch, &result->dispatch));
-    progress(index, nSizes, "timing combine");
-    PERFCHECK(device_.roofline(shape.combineRowBytes(), &result->combine.roofline));
-    PERFCHECK(timeCall(combine, &result->combine));
-    if (o_.rivalNccl && shape.nRanks > 1) PERFCHECK(timeRivals(shape, routing, index, nSizes, result));
-    if (o_.checks == 0) return ncclSuccess;
-    int64_t wrongDispatch = 0;
-    int64_t wrongCombine = 0;
-    for (int i = 0; i < o_.checks; i++) {
-      progress(index, nSizes, "verifying");
-      Shape fresh = shape; // the same routing, new data in every run
-      fresh.seed = mix64(shape.seed + static_cast<uint64_t>(i) + 1);
-      PERFCHECK(verify(Case{fresh, routing, delivery, c.rank, c.capacity}, b, dispatch, combine, &wrongDispatch,
-                       &wrongCombine));
+    PERFCHECK(device_.roofline(shape.recvRowBytes() + shape.scaleBytes, &first.dispatch.roofline));
+    if (o_.rivalNccl && shape.nRanks > 1) PERFCHECK(timeRival(false, shape, routing, &first.dispatch.rivalUs));
+    results->assign(o_.numSms.size(), first);
+    for (size_t i = 0; i < o_.numSms.size(); i++) {
+      (*results)[i].numSms = dispatchArguments.numSms = o_.numSms[i];
+      PERFCHECK(timeCall(dispatch, &(*results)[i].dispatch));
     }
-    PERFCHECK(sumOverRanks(wrongDispatch, &result->dispatch.wrong));
-    return sumOverRanks(wrongCombine, &result->combine.wrong);
+    progress(index, nSizes, "timing combine");
+    PERFCHECK(device_.roofline(shape.combineRowBytes(), &first.combine.roofline));
+    if (o_.rivalNccl && shape.nRanks > 1) PERFCHECK(timeRival(true, shape, routing, &first.combine.rivalUs));
+    for (size_t i = 0; i < o_.numSms.size(); i++) {
+      (*results)[i].combine = first.combine;
+      combineArguments.numSms = o_.numSms[i];
+      PERFCHECK(timeCall(combine, &(*results)[i].combine));
+    }
+    for (size_t n = 0; n < o_.numSms.size() && o_.checks > 0; n++) {
+      dispatchArguments.numSms = combineArguments.numSms = o_.numSms[n];
+      int64_t wrongDispatch = 0;
+      int64_t wrongCombine = 0;
+      for (int i = 0; i < o_.checks; i++) {
+        progress(index, nSizes, "verifying");
+        Shape fresh = shape; // the same routing, new data in every run
+        fresh.seed = mix64(shape.seed + static_cast<uint64_t>(i) + 1);
+        PERFCHECK(verify(Case{fresh, routing, delivery, c.rank, c.capacity}, b, dispatch, combine, &wrongDispatch,
+                         &wrongCombine));
+      }
+      PERFCHECK(sumOverRanks(wrongDispatch, &(*results)[n].dispatch.wrong));
+      PERFCHECK(sumOverRanks(wrongCombine, &(*results)[n].combine.wrong));
+    }
+    return ncclSuccess;
   }
 
   ncclResult_t verify(const Case& c, const Buffers& b, const Call& dispatch, const Call& combine,

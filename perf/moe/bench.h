@@ -28,6 +28,7 @@ struct Measurement {
 
 struct SizeResult {
   int nTokens = 0;
+  int numSms = 0;
   int64_t nRows = 0; // that dispatch delivers, mean over ranks
   Measurement dispatch;
   Measurement combine;

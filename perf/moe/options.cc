@@ -2,6 +2,7 @@
 
 #include <getopt.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <climits>
 #include <cmath>
@@ -93,6 +94,19 @@ ncclResult_t toInt(int opt, const char* text, int64_t min, int64_t max, int* val
                     static_cast<long long>(min), static_cast<long long>(max), text);
   }
   *value = static_cast<int>(v);
+  return ncclSuccess;
+}
+
+// Such numbers with commas between them.
+ncclResult_t toInts(int opt, const std::string& text, int64_t min, int64_t max, std::vector<int>* values) {
+  values->clear();
+  for (size_t at = 0; at <= text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    int value = 0;
+    PERFCHECK(toInt(opt, text.substr(at, end - at).c_str(), min, max, &value));
+    values->push_back(value);
+    at = end + 1;
+  }
   return ncclSuccess;
 }
 
@@ -212,7 +226,7 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
     o->exact = true;
     return ncclSuccess;
   case optNumSms:
-    return toInt(opt, arg, 0, 65536, &o->numSms);
+    return toInts(opt, arg, 0, 65536, &o->numSms);
   case optMode:
     return choose(opt, arg, modes, &o->mode);
   case optSeed: {
@@ -357,7 +371,7 @@ const char* usageText() {
          "      --weights W           inside, outside: who applies the top-k weights (inside, outside for layout "
          "rank)\n"
          "      --exact               combine rounds once (NCCL_MOE_EXACT)\n"
-         "      --num-sms N           SMs of a call (0: the library's choice)\n"
+         "      --num-sms N,N...      SMs of a call, each size with every N (0: the library's choice)\n"
          "      --mode M              auto, throughput, latency\n"
          "      --memory M            library (ncclMoeMemAlloc), plain: where the rows lie (library)\n"
          "Routing\n"

@@ -26,6 +26,13 @@ std::string number(double value, const char* format) {
 
 std::string wrongText(int64_t wrong) { return wrong < 0 ? "N/A" : std::to_string(wrong); }
 
+std::string smsText(int numSms) { return numSms > 0 ? std::to_string(numSms) : "auto"; }
+std::string smsText(const std::vector<int>& numSms) {
+  std::string text;
+  for (const int n : numSms) text += (text.empty() ? "" : ",") + smsText(n);
+  return text;
+}
+
 struct Column {
   const char* name;
   const char* unit;
@@ -59,7 +66,7 @@ void printMeasurement(const Measurement& m, const Options& o) {
 void printTitles(const std::vector<Column>& columns) {
   int width = -1;
   for (const Column& c : columns) width += c.width + 1;
-  printf("# %8s %9s", "", "");
+  printf("# %8s %9s %5s", "", "", "");
   for (const char* name : {" dispatch ", " combine "}) {
     const int dashes = width - static_cast<int>(strlen(name));
     printf("  %s%s%s", std::string(dashes / 2, '-').c_str(), name, std::string(dashes - dashes / 2, '-').c_str());
@@ -68,7 +75,7 @@ void printTitles(const std::vector<Column>& columns) {
 }
 
 void printHeading(const std::vector<Column>& columns, bool units) {
-  printf("# %8s %9s", units ? "" : "tokens", units ? "" : "rows");
+  printf("# %8s %9s %5s", units ? "" : "tokens", units ? "" : "rows", units ? "" : "SMs");
   for (int collective = 0; collective < 2; collective++) {
     printf(" ");
     for (const Column& c : columns) printf(" %*s", c.width, units ? c.unit : c.name);
@@ -139,8 +146,7 @@ void Report::header() {
          typeName(s.combineType), layoutName(s.layout), s.align, s.weightsInside ? "inside" : "outside",
          s.exact ? ", exact" : "", o_.libraryMemory ? "library" : "plain");
   printf("# mode %s, SMs %s, warmup %d, iters %d (%s), verified runs %d\n", modeName(o_.mode),
-         o_.numSms > 0 ? std::to_string(o_.numSms).c_str() : "auto", o_.warmup, o_.iterations, measured.c_str(),
-         o_.checks);
+         smsText(o_.numSms).c_str(), o_.warmup, o_.iterations, measured.c_str(), o_.checks);
   printf(
     "#\n"
     "# wire B    bytes to other ranks, mean per rank.  dispatch: once per (token, other rank) the row, its scales, "
@@ -175,7 +181,7 @@ void Report::result(const SizeResult& result) {
   if (progressShown_) fputs("\r\033[K", stderr);
   progressShown_ = false;
   results_.push_back(result);
-  printf("  %8d %9lld", result.nTokens, static_cast<long long>(result.nRows));
+  printf("  %8d %9lld %5s", result.nTokens, static_cast<long long>(result.nRows), smsText(result.numSms).c_str());
   printMeasurement(result.dispatch, o_);
   printMeasurement(result.combine, o_);
   printf("\n");
@@ -217,7 +223,6 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                      {"weights", s.weightsInside ? "inside" : "outside"},
                      {"exact", s.exact},
                      {"mode", modeName(o_.mode)},
-                     {"num_sms", o_.numSms},
                      {"memory", o_.libraryMemory ? "library" : "plain"},
                      {"iters", o_.iterations},
                      {"warmup", o_.warmup},
@@ -225,8 +230,11 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                      {"check", o_.checks}};
   j["results"] = nlohmann::json::array();
   for (const SizeResult& r : results_) {
-    j["results"].push_back(
-      {{"tokens", r.nTokens}, {"rows", r.nRows}, {"dispatch", toJson(r.dispatch)}, {"combine", toJson(r.combine)}});
+    j["results"].push_back({{"tokens", r.nTokens},
+                            {"rows", r.nRows},
+                            {"num_sms", r.numSms},
+                            {"dispatch", toJson(r.dispatch)},
+                            {"combine", toJson(r.combine)}});
   }
   if (o_.checks > 0) j["out_of_bounds"] = wrong;
   std::ofstream file(o_.jsonPath);
