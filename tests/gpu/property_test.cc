@@ -25,13 +25,14 @@ void restrict(DispatchProblem* p) {
   p->scaleBytes = kMostScaleBytes;
 }
 
-std::vector<Round> randomRounds(Random& random, const World& world, int nRounds) {
+std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeLayout_t layout, int nRounds) {
   std::vector<Round> rounds;
   for (int i = 0; i < nRounds; i++) {
     Round round;
     const DispatchProblem* last = rounds.empty() ? nullptr : &rounds.back().reference->problem();
     round.keep = last != nullptr && chance(random, 0.4);
     DispatchProblem problem = randomDispatch(random, world, last);
+    while (problem.layout != layout) problem = randomDispatch(random, world, last); // later rounds keep the first's
     if (last != nullptr && !round.keep) {
       for (Source& source : problem.sources) {
         fillSelections(random, world, chance(random, 0.5) ? Selections::uniform : Selections::sparse, problem.topK,
@@ -124,7 +125,10 @@ void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::thread
       limits.minRanks = limits.maxRanks = nRanks;
       worlds.push_back(randomWorld(random, limits));
       jobs.emplace_back();
-      for (int n = 0; n < 2; n++) jobs.back().push_back(randomRounds(random, worlds.back(), 3));
+      for (int n = 0; n < 2; n++) {
+        const auto layout = static_cast<ncclMoeLayout_t>((2 * j + n) % 3); // no number of ranks lacks one
+        jobs.back().push_back(randomRounds(random, worlds.back(), layout, 3));
+      }
     }
     const std::string failures =
       runGpu(nRanks, as, 120000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
@@ -151,9 +155,17 @@ void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::thread
 
 TEST(GpuProperty, OneRank) { runJobs(12, 1, 1); }
 TEST(GpuProperty, TwoRanks) { runJobs(36, 2, 2); }
-TEST(GpuProperty, ThreeToEightRanks) { runJobs(60, 3, 8); }
+TEST(GpuProperty, ThreeAndFourRanks) { runJobs(12, 3, 4); }
+TEST(GpuProperty, FiveRanks) { runJobs(12, 5, 5); }
+TEST(GpuProperty, SixRanks) { runJobs(12, 6, 6); }
+TEST(GpuProperty, SevenRanks) { runJobs(12, 7, 7); }
+TEST(GpuProperty, EightRanks) { runJobs(12, 8, 8); }
 TEST(GpuProperty, ManyRanks) { runJobs(12, 9, 16); }
 TEST(GpuProperty, Processes) { runJobs(6, 2, 2, RanksAs::processes); }
+TEST(GpuProperty, EightProcesses) {
+  NEED_GPUS(4); // many of them on one GPU take turns for too long
+  runJobs(6, 8, 8, RanksAs::processes);
+}
 
 } // namespace
 } // namespace moe::test
