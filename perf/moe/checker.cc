@@ -135,13 +135,17 @@ ncclResult_t writeInputs(Device& device, const Buffers& b, const Case& c) {
 
 ncclResult_t writeExpertRows(Device& device, const Buffers& b, const Case& c) {
   const Shape& s = c.shape;
-  return writeRows(device, b.expertX, c.capacity, s.combineRowBytes(), [&](int64_t slot, uint8_t* bytes) {
-    const DeliveredRow* d = rowAt(c.delivery, slot);
-    if (d != nullptr)
-      expertRow(s, c.rank, *d, bytes);
-    else
-      memset(bytes, 0xff, s.combineRowBytes());
-  });
+  const size_t rowBytes = s.combineRowBytes();
+  const auto nSlots = static_cast<int64_t>(c.delivery.rowAt.size());
+  // NaNs where no row is.  EXPERT_PADDED has many more slots than rows.
+  PERFCHECK(device.fill(b.expertX, 0xff, static_cast<size_t>(c.capacity) * rowBytes));
+  for (int64_t begin = 0, end = 0; begin < nSlots; begin = end + 1) {
+    for (end = begin; end < nSlots && rowAt(c.delivery, end) != nullptr;) end++;
+    PERFCHECK(
+      writeRows(device, static_cast<uint8_t*>(b.expertX) + begin * rowBytes, end - begin, rowBytes,
+                [&](int64_t i, uint8_t* bytes) { expertRow(s, c.rank, *rowAt(c.delivery, begin + i), bytes); }));
+  }
+  return ncclSuccess;
 }
 
 ncclResult_t poisonDispatch(Device& device, const Buffers& b, const Case& c) {
