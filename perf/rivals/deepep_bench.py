@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Times DeepEP's dispatch and combine as moe_perf times ours, right after moe_perf in the same run, and prints both.
+
+  perf/rivals/deepep_bench.py [-g GPUS] [--tokens 4096] [--hidden 7168] [--topk 8] [--experts 256] [--sms 24,64]
+                              [--small 1,16,64,128] [--moe-perf build/bin/moe_perf] [--json FILE]
+
+Needs PyTorch and the Python package deep_ep with the interface of DeepEP V1 (class Buffer), installed as its own
+documentation says; low-latency kernels are timed if it was built with NVSHMEM.  DeepEP takes 2, 4 or 8 GPUs.
+
+What is timed is all that a user waits for.  Dispatch: layout and dispatch, including the counts that DeepEP brings to
+the host; "no sync": with num_worst_tokens, where it does not.  Each iteration the caches are flushed and the ranks meet on the
+device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of many calls, the time of one.
+The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ITERATIONS, WARMUP, GRAPH_CALLS, GRAPH_LAUNCHES = 20, 5, 20, 20
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(n) for n in text.split(",") if n]
+    parser.add_argument("-g", dest="gpus", type=int, default=0)
+    parser.add_argument("--tokens", type=numbers, default=[4096])
+    parser.add_argument("--small", type=numbers, default=[1, 16, 64, 128])
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--sms", type=numbers, default=[24, 64])
+    parser.add_argument("--moe-perf", default="build/bin/moe_perf")
+    parser.add_argument("--json")
+    parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def quantized(x):
+    """e4m3 rows and a scale for each 128 elements, laid out as DeepEP's own benchmark has them."""
+    import torch
+    blocks = x.float().view(x.size(0), -1, 128)
+    scales = blocks.abs().amax(dim=2).clamp(min=1e-4) / 448.0
+    q = (blocks / scales.unsqueeze(2)).to(torch.float8_e4m3fn).view(x.shape)
+    return q, scales.T.contiguous().T
+
+
+class Rank:
+    """One process of DeepEP's."""
+
+    def __init__(self, args):
+        import torch
+        import torch.distributed as dist
+        self.args, self.rank, self.n = args, args.rank, args.gpus
+        self.torch, self.dist = torch, dist
+        torch.cuda.set_device(self.rank)
+        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{args.port}", rank=self.rank, world_size=self.n,
+                                device_id=torch.device("cuda", self.rank))
+        self.flush = torch.empty(1 << 27, dtype=torch.uint8, device="cuda")
+        self.meeting = torch.zeros(1, device="cuda")
+        self.results = []
+
+    def slowest(self, times):
+        gathered = [None] * self.n
+        self.dist.all_gather_object(gathered, times)
+        return statistics.median(max(column) for column in zip(*gathered))
+
+    def time(self, call):
+        """Median µs of single calls."""
+        event = lambda: self.torch.cuda.Event(enable_timing=True)
+        times = []
+        for i in range(WARMUP + ITERATIONS):
+            self.torch.cuda.synchronize()
+            self.dist.barrier()
+            begin, end = event(), event()
+            self.flush.fill_(i & 255)
+            self.flush.fill_(~i & 255)
+            self.dist.all_reduce(self.meeting)  # the ranks' streams go on together
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            if i >= WARMUP:
+                times.append(begin.elapsed_time(end) * 1e3)
+        return self.slowest(times)
+
+    def time_graph(self, call):
+        """Median µs of one of many calls in a graph."""
+        torch = self.torch
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        graph, keep = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                keep.append(call())
+        times = []
+        for i in range(WARMUP + GRAPH_LAUNCHES):
+            torch.cuda.synchronize()
+            self.dist.barrier()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= WARMUP:
+                times.append(begin.elapsed_time(end) * 1e3 / GRAPH_CALLS)
+        return self.slowest(times)
+
+    def draw(self, tokens):
+        torch, a = self.torch, self.args
+        torch.manual_seed(1000 + self.rank)
+        x = torch.randn(tokens, a.hidden, dtype=torch.bfloat16, device="cuda")
+        idx = torch.rand(tokens, a.experts, device="cuda").topk(a.topk, dim=1).indices
+        weights = torch.rand(tokens, a.topk, device="cuda")
+        return x, idx, weights
+
+    def note(self, collective, kind, tokens, sms, us):
+        self.results.append({"collective": collective, "kind": kind, "tokens": tokens, "sms": sms, "us": us})
+
+    def throughput(self, deep_ep):
+        a, torch = self.args, self.torch
+        configs, size = {}, 0
+        for sms in a.sms:
+            deep_ep.Buffer.set_num_sms(sms)
+            configs[sms] = (deep_ep.Buffer.get_dispatch_config(self.n), deep_ep.Buffer.get_combine_config(self.n))
+            size = max([size] + [c.get_nvl_buffer_size_hint(a.hidden * 2, self.n) for c in configs[sms]])
+        buffer = deep_ep.Buffer(self.dist.group.WORLD, size, 0, explicitly_destroy=True)
+        for tokens in a.tokens:
+            x, idx, weights = self.draw(tokens)
+            for sms in a.sms:
+                for kind, rows in (("bf16", x), ("fp8", quantized(x))):
+                    last = {}
+
+                    def dispatch(worst=0):
+                        per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(idx, a.experts)
+                        last["out"] = buffer.dispatch(rows, num_tokens_per_rank=per_rank, is_token_in_rank=is_in_rank,
+                                                      num_tokens_per_expert=per_expert, topk_idx=idx, topk_weights=weights,
+                                                      num_worst_tokens=worst, config=configs[sms][0])
+
+                    self.note("dispatch", kind + ", no sync", tokens, sms, self.time(lambda: dispatch(self.n * tokens)))
+                    self.note("dispatch", kind, tokens, sms, self.time(dispatch))
+                    if kind == "bf16":
+                        received, handle, combined = last["out"][0], last["out"][4], {}
+
+                        def combine():
+                            combined["x"] = buffer.combine(received, handle, config=configs[sms][1])[0]
+
+                        self.note("combine", kind, tokens, sms, self.time(combine))
+                        copies = torch.zeros(tokens, self.n, device="cuda").scatter_(1, idx // (a.experts // self.n), 1).sum(1)
+                        want = x.float() * copies.unsqueeze(1)
+                        error = ((combined["x"].float() - want).abs().max() / want.abs().max()).item()
+                        if not error < 0.02:
+                            raise RuntimeError(f"DeepEP's combine is wrong by {error}: no valid measurement")
+        buffer.destroy()
+
+    def latency(self, deep_ep):
+        a, torch, most = self.args, self.torch, max(self.args.small)
+        size = deep_ep.Buffer.get_low_latency_rdma_size_hint(most, a.hidden, self.n, a.experts)
+        buffer = deep_ep.Buffer(self.dist.group.WORLD, 0, size, low_latency_mode=True, explicitly_destroy=True,
+                                num_qps_per_rank=a.experts // self.n)
+        for tokens in a.small:
+            x, idx, weights = self.draw(tokens)
+            for kind in ("bf16", "fp8 cast"):
+                call = lambda: buffer.low_latency_dispatch(x, idx, most, a.experts, use_fp8=kind != "bf16")
+                self.note("dispatch", kind, tokens, 0, self.time_graph(call))
+            handle = buffer.low_latency_dispatch(x, idx, most, a.experts, use_fp8=False)[2]
+            rows = torch.randn(a.experts // self.n, self.n * most, a.hidden, dtype=torch.bfloat16, device="cuda")
+            call = lambda: buffer.low_latency_combine(rows, idx, weights, handle)
+            self.note("combine", "bf16", tokens, 0, self.time_graph(call))
+        buffer.destroy()
+
+    def run(self, path):
+        import deep_ep
+        try:
+            self.throughput(deep_ep)
+            if self.args.small and hasattr(deep_ep.Buffer, "low_latency_dispatch"):
+                self.latency(deep_ep)
+        finally:
+            if self.rank == 0:
+                with open(path, "w", encoding="utf-8") as f:
+                    json.dump(self.results, f)
+        self.dist.barrier()
+        self.dist.destroy_process_group()
+
+
+def ours(args):
+    """{(collective, kind, tokens): µs} of moe_perf, with the library's choice of SMs."""
+    found = {}
+    common = [args.moe_perf, "--device", "cuda", "-g", str(args.gpus), "--hidden", str(args.hidden), "--topk", str(args.topk),
+              "--experts", str(args.experts), "-n", str(ITERATIONS), "-w", str(WARMUP), "-c", "0"]
+    small = ["--layout", "padded", "--graph", str(GRAPH_CALLS)]
+    runs = [("bf16", args.tokens, []), ("fp8", args.tokens, ["-d", "fp8"]),
+            ("bf16", args.small, small), ("fp8 cast", args.small, small + ["--quant", "fp8"])]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "ours.json")
+        for kind, sizes, options in runs:
+            for tokens in sizes:
+                subprocess.run(common + ["-b", str(tokens), "--json", path] + options, check=True, stdout=subprocess.DEVNULL)
+                with open(path, encoding="utf-8") as f:
+                    result = json.load(f)["results"][0]
+                for collective in ("dispatch", "combine"):
+                    found[collective, kind, tokens] = result[collective]["time_us"]
+    return found
+
+
+def main():
+    args = parse()
+    if args.rank >= 0:
+        Rank(args).run(os.environ["MOE_RIVAL_RESULTS"])
+        return 0
+    if args.gpus == 0:
+        args.gpus = len(subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout.splitlines())
+    mine = ours(args)
+    with tempfile.TemporaryDirectory() as folder:
+        env = dict(os.environ, MOE_RIVAL_RESULTS=os.path.join(folder, "rival.json"))
+        env.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")  # one host: no network is needed, nor looked for
+        command = [sys.executable] + sys.argv + ["-g", str(args.gpus), "--port", str(20000 + os.getpid() % 20000)]
+        children = [subprocess.Popen(command + ["--rank", str(r)], env=env) for r in range(args.gpus)]
+        while any(child.poll() is None for child in children):
+            time.sleep(0.1)
+            if any(child.poll() not in (None, 0) for child in children):
+                time.sleep(5)  # the others may have something to say too
+                for child in children:
+                    child.kill()
+        status = max(abs(child.wait()) for child in children)
+        try:
+            with open(env["MOE_RIVAL_RESULTS"], encoding="utf-8") as f:
+                theirs = json.load(f)
+        except OSError:
+            theirs = []
+    for r in theirs:
+        r["ours_us"] = mine.get((r["collective"], r["kind"].removesuffix(", no sync"), r["tokens"]))
+    print(f"{args.gpus} GPUs, hidden {args.hidden}, top-k {args.topk}, experts {args.experts}; µs; ratio: DeepEP over ours")
+    print("| | rows | tokens | SMs | DeepEP | ours | ratio |\n|---|---|---|---|---|---|---|")
+    for r in theirs:
+        ratio = f"{r['us'] / r['ours_us']:.2f}" if r["ours_us"] else "–"
+        us = f"{r['ours_us']:.1f}" if r["ours_us"] else "–"
+        print(f"| {r['collective']} | {r['kind']} | {r['tokens']} | {r['sms'] or 'all'} | {r['us']:.1f} | {us} | {ratio} |")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(theirs, f, indent=1)
+    if status != 0:
+        print("deepep_bench: a rank of DeepEP's failed", file=sys.stderr)
+    return 1 if status != 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
