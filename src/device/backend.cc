@@ -234,9 +234,6 @@ class DeviceBackend : public Backend {
     NvtxRange range("ncclMoeCombine");
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeCombine"));
-    if ((args.flags & NCCL_MOE_EXACT) != 0) {
-      return fail(ncclInvalidUsage, "ncclMoeCombine: NCCL_MOE_EXACT is not there yet for CUDA memory");
-    }
     DeviceRouting& state = stateOf(routing);
     CombineArgs combine{};
     combine.comm = view();
@@ -247,12 +244,18 @@ class DeviceBackend : public Backend {
     combine.weights = args.weights;
     combine.gradWeights = args.gradWeights;
     combine.withGrads = args.withGradWeights != 0;
+    combine.exact = (args.flags & NCCL_MOE_EXACT) != 0;
     combine.out = static_cast<char*>(args.out);
     combine.gradTopkWeights = args.gradTopkWeights;
-    combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights});
+    combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights, combine.exact ? 1 : 0});
+    const int maxTokens = routing.config.maxTokens;
+    combine.nTokens = combine.exact ? layout_.exactTokens(routing.config.topK) : maxTokens;
     MOECHECK(follow(stream));
     launched_ = true;
-    CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), stream));
+    do {
+      CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), stream));
+      combine.firstToken += combine.nTokens;
+    } while (combine.firstToken < maxTokens);
     return followed(stream);
   }
 

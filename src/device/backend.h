@@ -1,4 +1,4 @@
-// The CUDA backend.  In a build without CUDA these functions return ncclInvalidUsage (none.cc).
+// The CUDA backend.  In a build without CUDA these functions return ncclInvalidUsage (src/api/no_cuda.cc).
 #pragma once
 
 #include "comm/comm.h"

@@ -10,6 +10,9 @@
 // the epoch (acquire) it adds them in the order of the ranks.  Warps block on row flags only when all rows to send have
 // been taken, and a warp that has taken one never blocks before it has sent it: one resident block per rank is enough to
 // finish.  All waits are bounded by the communicator's timeout and abort.  The last block advances the epoch.
+//   An EXACT combine is the same but that each of the rows goes to the owner by itself, with its weight, and stands there under
+// its token and selection.  There is room for the rows of a few tokens only, so the host launches one kernel, a call with an
+// epoch of its own, for each range of tokens.
 #include "device/row_sum.cuh"
 #include "device/token.cuh"
 
@@ -36,13 +39,18 @@ __device__ __forceinline__ int listOwn(const CombineArgs& a, RowList& list, bool
   return __popc(rows);
 }
 
+// Where the weights of row `row` of rank `source` lie in an EXACT combine.
+__device__ __forceinline__ float* exactWeights(const CommView& c, char* window, int source, int row) {
+  return reinterpret_cast<float*>(window + c.layout.scales + c.layout.slot(source, row) * c.layout.scaleStride);
+}
+
 __device__ __forceinline__ float gradOf(const CombineArgs& a, bool here, int slot) {
   if (!here) return 0.0f;
   if (a.routing.kind != ncclMoeLayoutRankMajor) return a.gradWeights[slot];
   return a.gradWeights[static_cast<long long>(slot) * a.routing.layout.topK + (threadIdx.x & 31)];
 }
 
-template <class T>
+template <class T, bool kExact>
 __device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uint4* ring, int owner, int row,
                                         uint32_t epoch) {
   const CommView& c = a.comm;
@@ -55,7 +63,15 @@ __device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uin
   const int nOwn = listOwn(a, list, here, slot);
   uint4* to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.rowOf(owner, c.rank, row));
   const int nVec = a.rowBytes / 16;
-  if (rankMajor) {
+  if constexpr (kExact) {
+    if (here) exactWeights(c, c.peer(owner), c.rank, row)[lane] = a.weights != nullptr ? a.weights[slot] : 1.0f;
+    const int token = a.routing.ints(a.routing.layout.tokens)[tokenIndex(a.routing, owner, row)] - a.firstToken;
+    unsigned rest = __ballot_sync(~0u, here);
+    for (int n = 0; n < nOwn; n++, rest &= rest - 1) {
+      to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.exactRowOf(token, __ffs(rest) - 1, k));
+      copyRow<4, false>(list.rows[n], &to, 1, nVec);
+    }
+  } else if (rankMajor) {
     // The sum of one row but for the signs of zeros and the payloads of NaNs, which the owner's sum levels.
     copyRow<4, false>(list.rows[0], &to, 1, nVec);
   } else if (a.weights == nullptr) {
@@ -73,8 +89,27 @@ __device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uin
   }
 }
 
+// Lists all of a token's rows in the order of its selections, for an EXACT combine.
+__device__ __forceinline__ int listExact(const CombineArgs& a, RowList& list, const Token& token, int t) {
+  const CommView& c = a.comm;
+  const int lane = threadIdx.x & 31;
+  const unsigned rows = __ballot_sync(~0u, token.rank >= 0);
+  if (token.rank >= 0) {
+    const int at = __popc(rows & ((1u << lane) - 1));
+    const bool own = token.rank == c.rank;
+    list.rows[at] =
+      reinterpret_cast<const uint4*>(own ? a.x + static_cast<long long>(token.slot) * a.rowBytes
+                                         : c.self + c.layout.exactRowOf(t - a.firstToken, lane, a.routing.layout.topK));
+    list.weights[at] = !own                   ? __ldcg(exactWeights(c, c.self, token.rank, token.row) + lane)
+                       : a.weights != nullptr ? a.weights[token.slot]
+                                              : 1.0f;
+  }
+  __syncwarp();
+  return __popc(rows);
+}
+
 // False if a row has not arrived (or, with wait, did not in time).
-template <class T>
+template <class T, bool kExact>
 __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list, uint4* ring, int t, uint32_t epoch,
                                             bool wait) {
   const CommView& c = a.comm;
@@ -90,34 +125,39 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
                    : loadAcquire(flag) == epoch;
   }
   if (!__all_sync(~0u, arrived)) return false;
-  // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already what its
-  // rank's sum would be and stands among them; several are summed first.
-  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
   const bool here = token.rank == c.rank;
-  const unsigned remotes = __ballot_sync(~0u, remote);
-  const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
-  const bool inLine = rankMajor && __any_sync(~0u, here);
-  const int nOwn = rankMajor ? 0 : listOwn(a, list, here, token.slot);
-  int order = nOwn;
-  for (unsigned rest = remotes; rest != 0; rest &= rest - 1) {
-    order += __shfl_sync(~0u, token.rank, __ffs(rest) - 1) < token.rank ? 1 : 0;
-  }
-  if (remote) {
-    list.rows[order + (inLine && token.rank > c.rank ? 1 : 0)] =
-      reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row));
-  }
-  if (inLine && here && token.leader) {
-    list.rows[nBefore] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(token.slot) * a.rowBytes);
-  }
-  __syncwarp();
-  const int nRows = nOwn + __popc(remotes) + (inLine ? 1 : 0), nVec = a.rowBytes / 16;
+  const int nVec = a.rowBytes / 16;
   uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
+  int nRows = 0;
+  if constexpr (kExact) {
+    nRows = listExact(a, list, token, t);
+    if (nRows > 0) sumRows<T, Sum::weighted>(list, nRows, 0, 0, nVec, ring, out);
+  } else {
+    // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already what its
+    // rank's sum would be and stands among them; several are summed first.
+    const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
+    const unsigned remotes = __ballot_sync(~0u, remote);
+    const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
+    const bool inLine = rankMajor && __any_sync(~0u, here);
+    const int nOwn = rankMajor ? 0 : listOwn(a, list, here, token.slot);
+    int order = nOwn;
+    for (unsigned rest = remotes; rest != 0; rest &= rest - 1) {
+      order += __shfl_sync(~0u, token.rank, __ffs(rest) - 1) < token.rank ? 1 : 0;
+    }
+    if (remote) {
+      list.rows[order + (inLine && token.rank > c.rank ? 1 : 0)] =
+        reinterpret_cast<const uint4*>(c.self + c.layout.rowOf(c.rank, token.rank, token.row));
+    }
+    if (inLine && here && token.leader) {
+      list.rows[nBefore] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(token.slot) * a.rowBytes);
+    }
+    __syncwarp();
+    nRows = nOwn + __popc(remotes) + (inLine ? 1 : 0);
+    if (nRows > 0 && nOwn == 0) sumRows<T, Sum::plain>(list, nRows, 0, 0, nVec, ring, out);
+    if (nOwn > 0) sumRows<T, Sum::mixed>(list, nRows, nOwn, nBefore, nVec, ring, out);
+  }
   if (nRows == 0) {
     for (int v = lane; v < nVec; v += 32) out[v] = make_uint4(0, 0, 0, 0);
-  } else if (nOwn == 0) {
-    sumRows<T, Sum::plain>(list, nRows, 0, 0, nVec, ring, out);
-  } else {
-    sumRows<T, Sum::mixed>(list, nRows, nOwn, nBefore, nVec, ring, out);
   }
   if (a.withGrads) {
     const float* grads = reinterpret_cast<const float*>(c.self + c.layout.grads);
@@ -155,8 +195,24 @@ __device__ __forceinline__ bool meet(const CombineArgs& a, uint32_t epoch) {
   return __syncthreads_and(ok) != 0;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_constant__ CombineArgs a) {
+// How many of the n ascending tokens are below bound.
+__device__ __forceinline__ int countBelow(const int* tokens, int n, int bound) {
+  int low = 0;
+  while (low < n) {
+    const int middle = (low + n) / 2;
+    if (tokens[middle] < bound) {
+      low = middle + 1;
+    } else {
+      n = middle;
+    }
+  }
+  return low;
+}
+
+template <class T, bool kExact>
+__global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_constant__ CombineArgs a) {
   __shared__ RowList lists[kWarps];
+  __shared__ int firstRow[kMaxDeviceRanks], endRow[kMaxDeviceRanks]; // of each owner's, that are to be sent
   extern __shared__ uint4 rings[];
   RowList& list = lists[threadIdx.x / 32];
   uint4* ring = rings + threadIdx.x / 32 * (kSumSharedPerWarp / sizeof(uint4));
@@ -166,9 +222,21 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
   const RoutingLayout::PerRank* perRank = a.routing.perRank();
   const uint32_t epoch = nextEpoch(ctl->epoch);
   const bool go = meet(a, epoch) && state.go != 0;
+  const int nTokens = min(a.nTokens, state.nTokens - a.firstToken);
+  if (go && threadIdx.x < c.nRanks) {
+    const int r = threadIdx.x;
+    firstRow[r] = 0;
+    endRow[r] = perRank[r].recvRows;
+    if constexpr (kExact) {
+      const int* tokens = a.routing.ints(a.routing.layout.tokens) + tokenIndex(a.routing, r, 0);
+      firstRow[r] = countBelow(tokens, endRow[r], a.firstToken);
+      endRow[r] = countBelow(tokens, endRow[r], a.firstToken + a.nTokens);
+    }
+  }
+  __syncthreads();
   uint32_t nSend = 0; // items: row n / (R-1) for the n % (R-1)th other rank, where it exists
-  for (int r = 0; r < c.nRanks; r++) {
-    if (r != c.rank) nSend = max(nSend, static_cast<uint32_t>(perRank[r].recvRows));
+  for (int r = 0; go && r < c.nRanks; r++) {
+    if (r != c.rank) nSend = max(nSend, static_cast<uint32_t>(endRow[r] - firstRow[r]));
   }
   nSend *= c.nRanks - 1;
   bool sending = go && nSend > 0, reducing = go;
@@ -180,20 +248,20 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
       if (sending) {
         const int other = item % (c.nRanks - 1);
         const int owner = other + (other >= c.rank ? 1 : 0);
-        const int row = item / (c.nRanks - 1);
-        if (row < perRank[owner].recvRows) sendRow<T>(a, list, ring, owner, row, epoch);
+        const int row = firstRow[owner] + item / (c.nRanks - 1);
+        if (row < endRow[owner]) sendRow<T, kExact>(a, list, ring, owner, row, epoch);
       }
     }
     for (int n = 0; reducing && (!sending || n < kMaxReductionsPerPush); n++) {
       if (token < 0) {
         const uint32_t item = claim(&ctl->recvNext);
-        if (item >= static_cast<uint32_t>(state.nTokens)) {
+        if (static_cast<int>(item) >= nTokens) {
           reducing = false;
           break;
         }
-        token = item;
+        token = a.firstToken + item;
       }
-      if (!reduceToken<T>(a, list, ring, token, epoch, !sending)) {
+      if (!reduceToken<T, kExact>(a, list, ring, token, epoch, !sending)) {
         reducing = sending; // a wait that failed ends the kernel
         break;
       }
@@ -211,20 +279,25 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) combineKernel(
 
 constexpr int kShared = kWarps * kSumSharedPerWarp;
 
+using Kernel = void (*)(CombineArgs);
+constexpr Kernel kKernels[3][2] = {{combineKernel<__nv_bfloat16, false>, combineKernel<__nv_bfloat16, true>},
+                                   {combineKernel<__half, false>, combineKernel<__half, true>},
+                                   {combineKernel<float, false>, combineKernel<float, true>}};
+
 cudaError_t prepareCombine() {
   cudaError_t result = cudaSuccess;
-  for (auto* kernel : {combineKernel<__nv_bfloat16>, combineKernel<__half>, combineKernel<float>}) {
-    if (result == cudaSuccess)
-      result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  for (const auto& ofType : kKernels) {
+    for (const Kernel kernel : ofType) {
+      if (result == cudaSuccess)
+        result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    }
   }
   return result;
 }
 
 cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
-  auto* kernel = args.type == ncclBfloat16  ? combineKernel<__nv_bfloat16>
-                 : args.type == ncclFloat16 ? combineKernel<__half>
-                                            : combineKernel<float>;
-  return launchKernel<CombineArgs>(kernel, numSms, kThreads, kShared, stream, args);
+  const int type = args.type == ncclBfloat16 ? 0 : args.type == ncclFloat16 ? 1 : 2;
+  return launchKernel<CombineArgs>(kKernels[type][args.exact ? 1 : 0], numSms, kThreads, kShared, stream, args);
 }
 
 } // namespace moe

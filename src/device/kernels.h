@@ -90,6 +90,8 @@ struct CombineArgs {
   const float* weights;
   const float* gradWeights;
   bool withGrads;
+  bool exact;
+  int firstToken, nTokens; // of every rank, that this pass brings back: all of them unless it is exact
   char* out;
   float* gradTopkWeights;
   uint32_t signature;

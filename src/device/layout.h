@@ -5,14 +5,15 @@
 //   mailbox[2][R]     what each rank says at the start of a call, by parity of the epoch: Message, then nExperts + R
 //   counts ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
 //   rowFlags[R][T]    epoch in which row i of source rank r arrived
-//   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them
+//   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them; an EXACT combine's weights
 //   grads[R][T][K]    weight gradients of arriving rows (combine)
-//   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums
-// A routing's window (peers write map and weights):
+//   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums.  An EXACT
+//                     combine takes it as [tokens][K], for as many tokens at a time as fit: one at least
+// A routing's window (peers write map, weights and tokens):
 //   map[R][T][K]      for row i of source rank r and each of its token's selections: the slot here (expert layouts) or
-//   the
-//                     local expert id (RANK_MAJOR); -1: that selection is not here
+//                     the local expert id (RANK_MAJOR); -1: that selection is not here
 //   weights[R][T][K]  its weights
+//   tokens[R][T]      expert layouts: its token's number at the source
 //   RoutingTables ... see below
 // T stands for maxTokens, K for top-k, rows and tables are aligned to 128 bytes.
 #pragma once
@@ -95,7 +96,7 @@ struct Selection {
 // Offsets in the communicator window.
 struct CommLayout {
   int nRanks, nExperts, maxTokens, maxTopK;
-  size_t rowStride, scaleStride;
+  size_t rowStride, scaleStride, nRows;
   size_t mailbox, mailboxStride, ready, rowFlags, scales, grads, rows, bytes;
 
   CommLayout() = default;
@@ -112,7 +113,9 @@ struct CommLayout {
     scales = rowFlags + align128(sizeof(uint32_t) * slots);
     grads = scales + slots * scaleStride;
     rows = grads + align128(sizeof(float) * slots * topK);
-    bytes = rows + (slots - tokens) * rowStride;
+    nRows = slots - tokens;
+    if (nRows > 0 && nRows < static_cast<size_t>(topK)) nRows = topK;
+    bytes = rows + nRows * rowStride;
   }
   MOE_HD size_t mailboxOf(unsigned parity, int source) const {
     return mailbox + (static_cast<size_t>(parity) * nRanks + source) * mailboxStride;
@@ -122,22 +125,28 @@ struct CommLayout {
   MOE_HD size_t rowOf(int owner, int source, int i) const {
     return rows + (static_cast<size_t>(source - (source > owner ? 1 : 0)) * maxTokens + i) * rowStride;
   }
+  // The row of selection k of the i-th token of a pass of an EXACT combine, of which a pass takes so many.
+  MOE_HD size_t exactRowOf(int i, int k, int topK) const {
+    return rows + (static_cast<size_t>(i) * topK + k) * rowStride;
+  }
+  int exactTokens(int topK) const { return nRanks == 1 ? maxTokens : static_cast<int>(nRows / topK); }
 };
 
 // Offsets in a routing's window.
 struct RoutingLayout {
   int nRanks, maxTokens, topK, nChunks, nColumns;
-  size_t map, weights, selections, chunkBase, expertBase, expertTotal, expertOffset, perRank, bytes;
+  size_t map, weights, tokens, selections, chunkBase, expertBase, expertTotal, expertOffset, perRank, bytes;
 
   RoutingLayout() = default;
-  RoutingLayout(int ranks, int experts, int tokens, int k)
-    : nRanks(ranks), maxTokens(tokens), topK(k), nChunks((tokens + kChunkTokens - 1) / kChunkTokens),
+  RoutingLayout(int ranks, int experts, int nTokens, int k)
+    : nRanks(ranks), maxTokens(nTokens), topK(k), nChunks((nTokens + kChunkTokens - 1) / kChunkTokens),
       nColumns(experts + ranks) {
-    const size_t slots = static_cast<size_t>(ranks) * tokens;
+    const size_t slots = static_cast<size_t>(ranks) * nTokens;
     map = 0;
     weights = map + align128(sizeof(int) * slots * k);
-    selections = weights + align128(sizeof(float) * slots * k);
-    chunkBase = selections + align128(sizeof(Selection) * static_cast<size_t>(tokens) * k);
+    tokens = weights + align128(sizeof(float) * slots * k);
+    selections = tokens + align128(sizeof(int) * slots);
+    chunkBase = selections + align128(sizeof(Selection) * static_cast<size_t>(nTokens) * k);
     expertBase = chunkBase + align128(sizeof(int) * static_cast<size_t>(nChunks + 1) * nColumns);
     expertTotal = expertBase + align128(sizeof(int) * experts);
     expertOffset = expertTotal + align128(sizeof(int) * (experts + 1));

@@ -200,6 +200,9 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
     const int rank = __shfl_sync(~0u, token.rank, leader);
     const int row = __shfl_sync(~0u, token.row, leader);
     char* window = c.windows[a.routing.window * c.nRanks + rank];
+    if (!rankMajor && lane == 0) {
+      reinterpret_cast<int*>(window + a.routing.layout.tokens)[tokenIndex(a.routing, c.rank, row)] = t;
+    }
     if (lane < k) {
       const size_t at = mapIndex(a.routing, c.rank, row, lane);
       reinterpret_cast<int*>(window + a.routing.layout.map)[at] = token.rank == rank ? entry : -1;

@@ -35,9 +35,12 @@ __device__ __forceinline__ Token loadToken(const CommView& c, const RoutingView&
   return token;
 }
 
-// Index of row `row` of rank `source` in the routing's map and weights.
+// Index of row `row` of rank `source` in the routing's tokens, and with selection k in its map and weights.
+__device__ __forceinline__ size_t tokenIndex(const RoutingView& routing, int source, int row) {
+  return static_cast<size_t>(source) * routing.layout.maxTokens + row;
+}
 __device__ __forceinline__ size_t mapIndex(const RoutingView& routing, int source, int row, int k) {
-  return (static_cast<size_t>(source) * routing.layout.maxTokens + row) * routing.layout.topK + k;
+  return tokenIndex(routing, source, row) * routing.layout.topK + k;
 }
 
 } // namespace moe

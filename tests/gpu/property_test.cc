@@ -49,9 +49,7 @@ std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeLayou
     }
     round.reachable = chance(random, 0.5);
     round.reference = std::make_unique<Reference>(problem);
-    CombineProblem combine = randomCombine(random, world, *round.reference);
-    combine.exact = false;
-    round.combines.push_back(std::move(combine));
+    round.combines.push_back(randomCombine(random, world, *round.reference));
     rounds.push_back(std::move(round));
   }
   return rounds;
