@@ -85,6 +85,7 @@ class DeviceBackend : public Backend {
   ncclResult_t init() {
     CUDACHECK(cudaGetDevice(&device_));
     CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
+    CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     MOECHECK(agree());
     layout_ = CommLayout(moe_.nRanks, config_.nExperts, config_.maxTokens, config_.maxTopK, config_.maxRowBytes);
     const size_t needed = layout_.bytes + tableBytes(config_, moe_.nRanks);
@@ -92,9 +93,9 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu", needed,
                   config_.maxMemory);
     }
-    CUDACHECK(prepareRoute());
+    CUDACHECK(prepareRoute(sharedBytes_));
     CUDACHECK(preparePush());
-    CUDACHECK(prepareCombine());
+    CUDACHECK(prepareCombine(sharedBytes_));
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
     MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
     MOECHECK(eventCreate(&eager_.event));
@@ -223,7 +224,7 @@ class DeviceBackend : public Backend {
     const bool capturing = isCapturing(stream);
     MOECHECK(follow(stream));
     launched_ = true;
-    CUDACHECK(launchRoute(route, stream));
+    CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
     CUDACHECK(cudaEventRecord(state.counted.get(), stream));
     state.countedInCapture = capturing;
     CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream));
@@ -235,6 +236,10 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeCombine"));
     DeviceRouting& state = stateOf(routing);
+    if (args.x == nullptr && hasRows(state, stream)) return fail(ncclInvalidArgument, "ncclMoeCombine: args.x is NULL");
+    if (args.withGradWeights != 0 && args.gradWeights == nullptr && hasRows(state, stream)) {
+      return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
+    }
     CombineArgs combine{};
     combine.comm = view();
     combine.routing = view(routing);
@@ -253,7 +258,7 @@ class DeviceBackend : public Backend {
     MOECHECK(follow(stream));
     launched_ = true;
     do {
-      CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), stream));
+      CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), sharedBytes_, stream));
       combine.firstToken += combine.nTokens;
     } while (combine.firstToken < maxTokens);
     return followed(stream);
@@ -362,6 +367,12 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidUsage,
                   "ncclMoeCommInit: config.nExperts %d is more than the %d that CUDA memory is served for",
                   config_.nExperts, kMaxDeviceExperts);
+    }
+    const size_t shared = routeSharedNeeded(moe_.nRanks, config_.nExperts);
+    if (shared > static_cast<size_t>(sharedBytes_)) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeCommInit: config.nExperts %d needs %zu bytes of shared memory in a block, device %d has %d",
+                  config_.nExperts, shared, device_, sharedBytes_);
     }
     return ncclSuccess;
   }
@@ -521,6 +532,15 @@ class DeviceBackend : public Backend {
     return v;
   }
 
+  // Whether this rank received rows in the routing's last dispatch, as far as the host can know without waiting.
+  static bool hasRows(const DeviceRouting& state, cudaStream_t stream) {
+    if (state.countedInCapture || isCapturing(stream)) return false;
+    const bool clean = cudaPeekAtLastError() == cudaSuccess;
+    const cudaError_t counted = cudaEventQuery(state.counted.get());
+    if (counted == cudaErrorNotReady && clean) (void)cudaGetLastError(); // the caller shall not see it
+    return counted == cudaSuccess && state.outcome->nRows > 0;
+  }
+
   int sms(int wanted, int otherwise) const {
     const int n = wanted != 0 ? wanted : config_.numSms != 0 ? config_.numSms : otherwise;
     return std::min(n, smCount_);
@@ -645,7 +665,7 @@ class DeviceBackend : public Backend {
   ncclMoeComm& moe_;
   const CommConfig& config_;
   std::unique_ptr<DeviceBootstrap> bootstrap_;
-  int device_ = 0, smCount_ = 0;
+  int device_ = 0, smCount_ = 0, sharedBytes_ = 0;
   CommLayout layout_;
   HostMapped<Failure> failure_;
   HostMapped<int> abortFlag_;

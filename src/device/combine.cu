@@ -13,6 +13,8 @@
 //   An EXACT combine is the same but that each of the rows goes to the owner by itself, with its weight, and stands there under
 // its token and selection.  There is room for the rows of a few tokens only, so the host launches one kernel, a call with an
 // epoch of its own, for each range of tokens.
+#include <algorithm>
+
 #include "device/row_sum.cuh"
 #include "device/token.cuh"
 
@@ -277,27 +279,34 @@ __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_consta
 
 } // namespace
 
-constexpr int kShared = kWarps * kSumSharedPerWarp;
-
 using Kernel = void (*)(CombineArgs);
 constexpr Kernel kKernels[3][2] = {{combineKernel<__nv_bfloat16, false>, combineKernel<__nv_bfloat16, true>},
                                    {combineKernel<__half, false>, combineKernel<__half, true>},
                                    {combineKernel<float, false>, combineKernel<float, true>}};
 
-cudaError_t prepareCombine() {
+// As many warps as there is shared memory for.
+static int nWarpsFor(size_t sharedBytes) {
+  constexpr size_t kFixed = sizeof(RowList) * kWarps + 2048;
+  return std::min(kWarps, static_cast<int>((sharedBytes - kFixed) / kSumSharedPerWarp));
+}
+
+cudaError_t prepareCombine(size_t sharedBytes) {
+  const int bytes = nWarpsFor(sharedBytes) * kSumSharedPerWarp;
   cudaError_t result = cudaSuccess;
   for (const auto& ofType : kKernels) {
     for (const Kernel kernel : ofType) {
       if (result == cudaSuccess)
-        result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+        result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     }
   }
   return result;
 }
 
-cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream) {
+cudaError_t launchCombine(const CombineArgs& args, int numSms, size_t sharedBytes, cudaStream_t stream) {
   const int type = args.type == ncclBfloat16 ? 0 : args.type == ncclFloat16 ? 1 : 2;
-  return launchKernel<CombineArgs>(kKernels[type][args.exact ? 1 : 0], numSms, kThreads, kShared, stream, args);
+  const int nWarps = nWarpsFor(sharedBytes);
+  return launchKernel<CombineArgs>(kKernels[type][args.exact ? 1 : 0], numSms, 32 * nWarps, nWarps * kSumSharedPerWarp,
+                                   stream, args);
 }
 
 } // namespace moe

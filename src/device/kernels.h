@@ -52,6 +52,7 @@ struct RouteArgs {
   bool keep;
   int nTokens;
   const int* nTokensDev;
+  int nTogether; // chunks that a block counts at a time; launchRoute sets it
   long long capacity;
   int recvWindow; // -1: recvX lies in no window
   long long recvOffset;
@@ -97,11 +98,14 @@ struct CombineArgs {
   uint32_t signature;
 };
 
-// Once on each device, before the first launch.  It also loads the kernels: loading one at its first launch can wait for
-// the device, and so for a kernel that waits for a peer.
-cudaError_t prepareRoute();
+// Shared memory of a block that the route kernel needs.
+size_t routeSharedNeeded(int nRanks, int nExperts);
+
+// Before a communicator's first launch on its device, whose blocks may have so much shared memory.  It also loads the
+// kernels: loading one at its first launch can wait for the device, and so for a kernel that waits for a peer.
+cudaError_t prepareRoute(size_t sharedBytes);
 cudaError_t preparePush();
-cudaError_t prepareCombine();
+cudaError_t prepareCombine(size_t sharedBytes);
 
 // Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.
 template <class Args>
@@ -111,8 +115,8 @@ cudaError_t launchKernel(void (*kernel)(Args), int nBlocks, int nThreads, size_t
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(nBlocks), dim3(nThreads), pointers, sharedBytes,
                           stream);
 }
-cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream);
+cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream);
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
-cudaError_t launchCombine(const CombineArgs& args, int numSms, cudaStream_t stream);
+cudaError_t launchCombine(const CombineArgs& args, int numSms, size_t sharedBytes, cudaStream_t stream);
 
 } // namespace moe

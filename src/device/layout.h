@@ -85,10 +85,11 @@ struct Message {
   int pad;
 };
 
-// One selection of a token: position of its expert in the order (rank, local expert), -1 for none, and how many earlier
-// tokens of the chunk chose that expert, and that rank.
+// One selection of a token: position of its expert in the order (rank, local expert), -1 for none, the expert's rank, and
+// how many earlier tokens of the chunk chose that expert, and that rank.
 struct Selection {
-  int position;
+  int16_t position;
+  int16_t rank;
   uint16_t inExpert;
   uint16_t inRank;
 };

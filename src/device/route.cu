@@ -1,7 +1,7 @@
 // The route kernel: first half of a dispatch.  It counts this rank's rows per expert and per rank, tells every peer the
 // counts and where rows shall go, and works out every slot.
 //
-// Protocol.  Each block counts one chunk of tokens.  The last block to finish makes prefix sums over the chunks, stores
+// Protocol.  Each block counts some chunks of tokens.  The last block to finish makes prefix sums over the chunks, stores
 // its Message and counts into mailbox[epoch parity][this rank] of every peer and then each Message's flag (release,
 // system scope). It waits for the flags of all peers (acquire; bounded by the communicator's timeout and abort) and
 // computes from their counts what the push kernel needs.  Only that one block waits, so a late peer costs one SM.
@@ -9,13 +9,17 @@
 //   may
 // now be written into its memory.  The other parity may not: a peer that has sent epoch n+1 may do so while this rank
 // still reads epoch n.  Epoch n+2 cannot come before this rank has sent n+1, after it has read n.
+#include <algorithm>
+
 #include "device/primitives.cuh"
 
 namespace moe {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kMaxTogether = 4; // chunks that a block counts at a time
 constexpr int kWords = kChunkTokens / 32;
+constexpr size_t kPlainShared = 48 * 1024; // that a block has anywhere
 
 __device__ __forceinline__ int bitsBelow(const uint32_t* words, int bit) {
   int n = 0;
@@ -39,47 +43,71 @@ __device__ void reportIndex(const RouteArgs& a, int code, int token, int positio
   o->code = code;
 }
 
-// Counts tokens [first, first + n) and notes each selection's place within the chunk.
-__device__ void countChunk(const RouteArgs& a, int chunk, int nTokens, uint32_t* bits) {
+// Counts chunks [chunk, chunk + nChunks) and notes each selection's place within its chunk.
+__device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTokens, uint32_t* bits) {
+  constexpr int kBatch = 4; // loads of a thread in flight
   const CommView& c = a.comm;
   const RoutingLayout& layout = a.routing.layout;
   const int k = layout.topK;
   const int first = chunk * kChunkTokens;
-  const int n = min(kChunkTokens, nTokens - first);
-  for (int w = threadIdx.x; w < layout.nColumns * kWords; w += kThreads) bits[w] = 0;
+  const int n = min(kChunkTokens * nChunks, nTokens - first);
+  const int chunkWords = layout.nColumns * kWords;
+  for (int w = threadIdx.x; w < nChunks * chunkWords; w += kThreads) bits[w] = 0;
   __syncthreads();
   Selection* selections =
     reinterpret_cast<Selection*>(a.routing.self + layout.selections) + static_cast<size_t>(first) * k;
-  for (int s = threadIdx.x; s < n * k; s += kThreads) {
-    const size_t at = static_cast<size_t>(first) * k + s;
-    const long long expert =
-      a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
-    const int token = s / k;
-    int position = -1;
-    if (expert < -1 || expert >= c.nExperts) {
-      reportIndex(a, kOutcomeIndexRange, first + token, s % k, expert);
-    } else if (expert >= 0) {
-      position = c.expertPosition[expert];
-      const uint32_t bit = 1u << (token % 32);
-      if ((atomicOr(&bits[position * kWords + token / 32], bit) & bit) != 0) {
-        reportIndex(a, kOutcomeIndexRepeated, first + token, s % k, expert);
-        position = -1;
-      } else {
-        atomicOr(&bits[(c.nExperts + c.positionRank[position]) * kWords + token / 32], bit);
+  for (int s0 = threadIdx.x; s0 < n * k; s0 += kBatch * kThreads) {
+    long long experts[kBatch];
+    int positions[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      const int s = s0 + b * kThreads;
+      const size_t at = static_cast<size_t>(first) * k + s;
+      experts[b] = -1;
+      if (s < n * k) {
+        experts[b] = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
       }
     }
-    selections[s].position = position;
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      positions[b] = experts[b] >= 0 && experts[b] < c.nExperts ? c.expertPosition[experts[b]] : -1;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      const int s = s0 + b * kThreads;
+      if (s >= n * k) break;
+      const int token = s / k;
+      int position = positions[b], rank = -1;
+      if (position >= 0) {
+        uint32_t* ofChunk = bits + token / kChunkTokens * chunkWords + token % kChunkTokens / 32;
+        const uint32_t bit = 1u << (token % 32);
+        if ((atomicOr(&ofChunk[position * kWords], bit) & bit) != 0) {
+          reportIndex(a, kOutcomeIndexRepeated, first + token, s % k, experts[b]);
+          position = -1;
+        } else {
+          rank = c.positionRank[position];
+          atomicOr(&ofChunk[(c.nExperts + rank) * kWords], bit);
+        }
+      } else if (experts[b] != -1) {
+        reportIndex(a, kOutcomeIndexRange, first + token, s % k, experts[b]);
+      }
+      selections[s].position = static_cast<int16_t>(position);
+      selections[s].rank = static_cast<int16_t>(rank);
+    }
   }
   __syncthreads();
   for (int s = threadIdx.x; s < n * k; s += kThreads) {
     const int position = selections[s].position; // this thread wrote it
     if (position < 0) continue;
-    selections[s].inExpert = static_cast<uint16_t>(bitsBelow(&bits[position * kWords], s / k));
+    const int token = s / k;
+    const uint32_t* ofChunk = bits + token / kChunkTokens * chunkWords;
+    const int inChunk = token % kChunkTokens;
+    selections[s].inExpert = static_cast<uint16_t>(bitsBelow(&ofChunk[position * kWords], inChunk));
     selections[s].inRank =
-      static_cast<uint16_t>(bitsBelow(&bits[(c.nExperts + c.positionRank[position]) * kWords], s / k));
+      static_cast<uint16_t>(bitsBelow(&ofChunk[(c.nExperts + selections[s].rank) * kWords], inChunk));
   }
   int* counts = a.routing.ints(layout.chunkBase) + static_cast<size_t>(chunk) * layout.nColumns;
-  for (int col = threadIdx.x; col < layout.nColumns; col += kThreads) {
+  for (int col = threadIdx.x; col < nChunks * layout.nColumns; col += kThreads) {
     counts[col] = bitsBelow(&bits[col * kWords], kChunkTokens - 1) + (bits[col * kWords + kWords - 1] >> 31);
   }
 }
@@ -293,9 +321,9 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
   if (a.nTokensDev != nullptr) nTokens = max(0, min(nTokens, *a.nTokensDev));
   const int nChunks = (nTokens + kChunkTokens - 1) / kChunkTokens;
   if (!a.keep) {
-    for (int chunk = blockIdx.x; chunk < nChunks; chunk += gridDim.x) {
+    for (int chunk = blockIdx.x * a.nTogether; chunk < nChunks; chunk += gridDim.x * a.nTogether) {
       __syncthreads();
-      countChunk(a, chunk, nTokens, bits);
+      countChunks(a, chunk, min(a.nTogether, nChunks - chunk), nTokens, bits);
     }
   }
   if (!lastBlock(ctl)) return;
@@ -320,16 +348,26 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
 
 } // namespace
 
-cudaError_t prepareRoute() {
-  return cudaFuncSetAttribute(routeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              sizeof(uint32_t) * kWords * (kMaxDeviceExperts + kMaxDeviceRanks));
+namespace {
+size_t bitsOfChunk(const RoutingLayout& layout) { return sizeof(uint32_t) * kWords * layout.nColumns; }
+} // namespace
+
+size_t routeSharedNeeded(int nRanks, int nExperts) {
+  return bitsOfChunk(RoutingLayout(nRanks, nExperts, 0, 1)) + 1024; // the runtime's own
 }
 
-cudaError_t launchRoute(const RouteArgs& args, cudaStream_t stream) {
-  const int nChunks = (args.nTokens + kChunkTokens - 1) / kChunkTokens;
-  const int nBlocks = args.keep || nChunks == 0 ? 1 : nChunks;
-  const size_t shared = sizeof(uint32_t) * kWords * args.routing.layout.nColumns;
-  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, shared, stream, args);
+cudaError_t prepareRoute(size_t sharedBytes) {
+  const size_t most = std::min(routeSharedNeeded(kMaxDeviceRanks, kMaxDeviceExperts), sharedBytes) - 1024;
+  return cudaFuncSetAttribute(routeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+}
+
+cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream) {
+  const size_t perChunk = bitsOfChunk(args.routing.layout);
+  const int nChunks = args.keep ? 0 : (args.nTokens + kChunkTokens - 1) / kChunkTokens;
+  const int each = (nChunks + numSms - 1) / numSms;
+  args.nTogether = std::max(1, std::min({each, kMaxTogether, static_cast<int>(kPlainShared / perChunk)}));
+  const int nBlocks = std::max(1, std::min(numSms, (nChunks + args.nTogether - 1) / args.nTogether));
+  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, args.nTogether * perChunk, stream, args);
 }
 
 } // namespace moe

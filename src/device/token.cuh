@@ -23,7 +23,7 @@ __device__ __forceinline__ Token loadToken(const CommView& c, const RoutingView&
     if (sel.position >= 0) {
       const int* base = routing.ints(layout.chunkBase) + static_cast<size_t>(t / kChunkTokens) * layout.nColumns;
       token.position = sel.position;
-      token.rank = c.positionRank[sel.position];
+      token.rank = sel.rank;
       token.row = base[c.nExperts + token.rank] + sel.inRank;
       token.slot = routing.kind == ncclMoeLayoutRankMajor
                      ? routing.perRank()[token.rank].sendBase + token.row

@@ -193,6 +193,32 @@ TEST(GpuBehaviour, BadIndexNamesTokenAndPosition) {
   EXPECT_EQ(wrong, "");
 }
 
+// What the host knows to be missing is refused before anything is enqueued.
+TEST(GpuBehaviour, MissingRowsOfACombineAreRefused) {
+  NEED_GPUS(1);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
+  const std::string wrong =
+    runGpu(2, RanksAs::threads, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
+             RANK_TRY(exchangeOnce(rank, routing, e));
+             CombineCall call(*e.reference, e.combine, rank.rank(), false, 0);
+             RANK_TRY(rank.upload(call, false));
+             ncclMoeCombineArgs_t args = call.args();
+             args.x = nullptr;
+             RANK_RESULT(ncclMoeCombine(&args, routing, rank.comm(), rank.stream()), ncclInvalidArgument, rank.comm(),
+                         "args.x");
+             std::vector<float> zeros(50 * 4);
+             args = call.args();
+             args.withGradWeights = 1;
+             args.gradWeights = nullptr;
+             args.gradTopkWeights = zeros.data(); // never written
+             RANK_RESULT(ncclMoeCombine(&args, routing, rank.comm(), rank.stream()), ncclInvalidArgument, rank.comm(),
+                         "args.gradWeights");
+             rank.forget();
+             return exchangeOnce(rank, routing, e);
+           }));
+  EXPECT_EQ(wrong, "");
+}
+
 // After a communicator has failed: the context lives, calls are refused, destroy works.
 std::string aftermath(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
   DispatchCall call(*e.reference, rank.rank(), DispatchStyle());
@@ -521,6 +547,7 @@ struct Nccl {
   decltype(&ncclCommGetAsyncError) commGetAsyncError = nullptr;
   decltype(&ncclCommDestroy) commDestroy = nullptr;
   decltype(&ncclCommAbort) commAbort = nullptr;
+  decltype(&ncclCommSplit) commSplit = nullptr;
   bool open() {
     void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
     if (library == nullptr) return false;
@@ -530,8 +557,9 @@ struct Nccl {
     commGetAsyncError = reinterpret_cast<decltype(commGetAsyncError)>(dlsym(library, "ncclCommGetAsyncError"));
     commDestroy = reinterpret_cast<decltype(commDestroy)>(dlsym(library, "ncclCommDestroy"));
     commAbort = reinterpret_cast<decltype(commAbort)>(dlsym(library, "ncclCommAbort"));
+    commSplit = reinterpret_cast<decltype(commSplit)>(dlsym(library, "ncclCommSplit"));
     return getUniqueId != nullptr && commInitRank != nullptr && commInitRankConfig != nullptr &&
-           commGetAsyncError != nullptr && commDestroy != nullptr && commAbort != nullptr;
+           commGetAsyncError != nullptr && commDestroy != nullptr && commAbort != nullptr && commSplit != nullptr;
   }
 };
 
@@ -591,6 +619,48 @@ std::string sharedId(const Nccl& nccl, Meeting& meeting, int rank, int nRanks, n
   RANK_CHECK(meet(meeting, rank, &mine, sizeof(mine), ids.data()));
   *id = ids[0];
   return "";
+}
+
+// Sub-communicators: each rank by itself, and all of them in the reverse order.
+TEST(GpuNccl, SplitCommunicators) {
+  NEED_GPUS(2);
+  const int nRanks = std::min(gpuCount(), 4);
+  const uint64_t seed = testSeed();
+  const ExchangeCase alone = makeExchange(seed, 1, 200, 256), together = makeExchange(seed + 1, nRanks, 200, 256);
+  const std::string wrong =
+    runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      Nccl nccl;
+      RANK_CHECK(nccl.open(), "no libnccl.so.2");
+      RANK_CUDA(cudaSetDevice(r));
+      ncclUniqueId id{};
+      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
+      ncclComm_t comm = nullptr, single = nullptr, reversed = nullptr;
+      RANK_CHECK(nccl.commInitRank(&comm, nRanks, id, r) == ncclSuccess);
+      RANK_CHECK(nccl.commSplit(comm, r, 0, &single, nullptr) == ncclSuccess);
+      RANK_CHECK(nccl.commSplit(comm, 0, nRanks - r, &reversed, nullptr) == ncclSuccess);
+      {
+        const ncclMoeConfig_t configAlone = configFor(alone), configTogether = configFor(together);
+        GpuRank a(0, 1, r), b(nRanks - 1 - r, nRanks, r);
+        RANK_TRY(a.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, single, &configAlone); }, kArenaBytes));
+        RANK_TRY(
+          b.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, reversed, &configTogether); }, kArenaBytes));
+        ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
+        RANK_OK(ncclMoeCommGetInfo(b.comm(), &info), b.comm());
+        RANK_CHECK(info.rank == nRanks - 1 - r && info.nRanks == nRanks);
+        ncclMoeRouting_t routingA = nullptr, routingB = nullptr;
+        RANK_OK(ncclMoeRoutingCreate(&routingA, a.comm(), &alone.routing), a.comm());
+        RANK_OK(ncclMoeRoutingCreate(&routingB, b.comm(), &together.routing), b.comm());
+        for (int n = 0; n < 3; n++) {
+          RANK_TRY(exchangeOnce(a, routingA, alone));
+          RANK_TRY(exchangeOnce(b, routingB, together));
+        }
+        RANK_TRY(a.destroy());
+        RANK_TRY(b.destroy());
+      }
+      for (ncclComm_t each : {single, reversed, comm}) RANK_CHECK(nccl.commDestroy(each) == ncclSuccess);
+      return "";
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
 TEST(GpuNccl, NonBlockingCommunicator) {

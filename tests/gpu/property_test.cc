@@ -1,4 +1,4 @@
-// Random shapes through every layout, type and cast on GPUs, against the reference, to the bit.
+// Random shapes through every layout, type and cast on GPUs, against the reference and against the host backend, to the bit.
 #include <gtest/gtest.h>
 
 #include "gpu/gpu.h"
@@ -148,6 +148,60 @@ void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::thread
       });
     ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
     done += batch;
+  }
+}
+
+// A world of small calls: a long run is to see many shapes.
+World smallWorld(Random& random, int nRanks) {
+  WorldLimits limits;
+  limits.minRanks = limits.maxRanks = nRanks;
+  limits.maxTokens = 160;
+  limits.maxExperts = 128;
+  World world = randomWorld(random, limits);
+  world.maxRowBytes = std::max<size_t>(std::min<size_t>(world.maxRowBytes, 2048), 64);
+  return world;
+}
+
+// Dispatches and combines of changing shapes, a new communicator for every hundred of them.  MOE_TEST_ITERATIONS says how many
+// dispatches.
+TEST(GpuProperty, ManyIterations) {
+  NEED_GPUS(1);
+  constexpr int kRoundsOfRouting = 2, kIterationsOfComm = 100;
+  const char* wanted = getenv("MOE_TEST_ITERATIONS");
+  const int nIterations = wanted != nullptr ? atoi(wanted) : 160;
+  ASSERT_GT(nIterations, 0) << "MOE_TEST_ITERATIONS";
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  const int sizes[] = {2, 3, 4, 8};
+  for (const int nRanks : sizes) {
+    const int mine = (nIterations + 3) / 4;
+    std::vector<std::vector<Round>> rounds(static_cast<size_t>(nRanks)); // one for each rank to draw
+    const std::string failures =
+      runGpu(nRanks, RanksAs::threads, 60000 + 100 * mine, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+        std::vector<int> all(static_cast<size_t>(nRanks));
+        for (int done = 0; done < mine;) {
+          Random worlds(seed + 7919u * static_cast<uint64_t>(done + nRanks));
+          const World world = smallWorld(worlds, nRanks);
+          GpuRank rank(r, nRanks, r % nDevices);
+          ncclMoeConfig_t config = world.config();
+          config.numSms = pick(worlds, 1, std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices)));
+          config.timeoutMs = 10000;
+          RANK_TRY(rank.init(config, meeting, kArenaBytes));
+          for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
+            Random random(seed + 1000003u * static_cast<uint64_t>(done + r) + static_cast<uint64_t>(nRanks));
+            rounds[static_cast<size_t>(r)] = randomRounds(random, world, kRoundsOfRouting);
+            RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
+            for (int n = 0; n < nRanks && done < end; n++, done += kRoundsOfRouting) {
+              std::string wrong = runRounds(rank, world, rounds[static_cast<size_t>(n)]);
+              if (!wrong.empty()) return format("%d ranks, iteration %d: ", nRanks, done) + wrong;
+            }
+            RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
+          }
+          RANK_TRY(rank.destroy());
+        }
+        return "";
+      });
+    ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
   }
 }
 

@@ -1,0 +1,182 @@
+// The CUDA backend against the host backend, to the bit: the same calls on both, every combination of what the header
+// lets a caller choose, on random shapes.
+#include <gtest/gtest.h>
+
+#include "gpu/gpu.h"
+
+namespace moe::test {
+namespace {
+
+constexpr size_t kArenaBytes = size_t{48} << 20;
+constexpr int kTimeLimitMs = 120000;
+
+struct Case {
+  World world;
+  std::unique_ptr<Reference> reference; // it makes the buffers; what is compared are the two backends
+  DispatchStyle style;
+  std::vector<CombineProblem> combines;
+  bool reachable = false;
+};
+
+// Draws until the drawn is wanted.
+template <class Draw, class Wanted> auto drawUntil(const Draw& draw, const Wanted& wanted) {
+  auto drawn = draw();
+  while (!wanted(drawn)) drawn = draw();
+  return drawn;
+}
+
+struct Format {
+  ncclDataType_t type;
+  ncclMoeQuant_t quant;
+};
+constexpr Format kFormats[] = {
+  {ncclBfloat16, ncclMoeQuantNone}, {ncclBfloat16, ncclMoeQuantFp8}, {ncclBfloat16, ncclMoeQuantFp8Ue8m0},
+  {ncclFloat16, ncclMoeQuantNone},  {ncclFloat32, ncclMoeQuantNone}, {ncclMoeFloat8e4m3, ncclMoeQuantNone},
+};
+constexpr ncclDataType_t kCombineTypes[] = {ncclBfloat16, ncclFloat16, ncclFloat32};
+
+// All combinations of type, order of the sum, weights and gradients that the layout takes.
+std::vector<CombineProblem> everyCombine(Random& random, const World& world, const Reference& reference) {
+  const bool rankMajor = reference.problem().layout == ncclMoeLayoutRankMajor;
+  std::vector<CombineProblem> combines;
+  for (const ncclDataType_t type : kCombineTypes) {
+    for (int choice = 0; choice < 8; choice++) {
+      const bool exact = (choice & 1) != 0, weighted = (choice & 2) != 0, grads = (choice & 4) != 0;
+      if (rankMajor && (exact || weighted)) continue;
+      combines.push_back(drawUntil([&] { return randomCombine(random, world, reference); },
+                                   [&](const CombineProblem& c) {
+                                     return c.type == type && c.exact == exact && c.weighted == weighted &&
+                                            c.withGradWeights == grads;
+                                   }));
+    }
+  }
+  return combines;
+}
+
+World drawWorld(Random& random, int nRanks) {
+  WorldLimits limits;
+  limits.minRanks = limits.maxRanks = nRanks;
+  limits.maxTokens = 60;
+  limits.maxExperts = 48;
+  return drawUntil(
+    [&] { return randomWorld(random, limits); },
+    [](const World& w) { return w.maxTokens >= 4 && w.maxTopK <= 8 && w.maxRowBytes >= 64 && w.maxRowBytes <= 1024; });
+}
+
+bool hasTokens(const DispatchProblem& p) {
+  int nTokens = 0;
+  for (const Source& source : p.sources) nTokens += source.nTokens;
+  return nTokens > 0;
+}
+
+std::vector<Case> everyCase(Random& random, int nRanks) {
+  std::vector<Case> cases;
+  for (const ncclMoeLayout_t layout : {ncclMoeLayoutRankMajor, ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded}) {
+    for (const Format& format : kFormats) {
+      for (const bool weighted : {false, true}) {
+        Case c;
+        c.world = drawWorld(random, nRanks);
+        const DispatchProblem problem = drawUntil([&] { return randomDispatch(random, c.world); },
+                                                  [&](const DispatchProblem& p) {
+                                                    return p.layout == layout && p.type == format.type &&
+                                                           p.quant == format.quant && p.weighted == weighted &&
+                                                           p.scaleBytes <= 256 && hasTokens(p);
+                                                  });
+        c.reference = std::make_unique<Reference>(problem);
+        c.style = randomStyle(random);
+        if (c.style.tokensDev) c.style.emptyNull = false;
+        c.reachable = chance(random, 0.5);
+        // Every combine after one dispatch of each layout, one after the others.
+        if (format.type == ncclFloat16 && weighted) {
+          c.combines = everyCombine(random, c.world, *c.reference);
+        } else {
+          c.combines.push_back(randomCombine(random, c.world, *c.reference));
+        }
+        cases.push_back(std::move(c));
+      }
+    }
+  }
+  return cases;
+}
+
+// The case on both backends; what they say is compared by the reference's comparison, which knows no more than which
+// elements are NaNs.
+std::string compareBackends(GpuRank& rank, ncclMoeComm_t host, const Case& c) {
+  const DispatchProblem& p = c.reference->problem();
+  ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
+  config.topK = p.topK;
+  config.maxTokens = p.maxTokens;
+  config.layout = p.layout;
+  config.expertAlignment = p.expertAlignment;
+  config.hostCounts = 1;
+  ncclMoeRouting_t onGpu = nullptr, onHost = nullptr;
+  RANK_OK(ncclMoeRoutingCreate(&onGpu, rank.comm(), &config), rank.comm());
+  RANK_OK(ncclMoeRoutingCreate(&onHost, host, &config), host);
+  DispatchCall gpuCall(*c.reference, rank.rank(), c.style), hostCall(*c.reference, rank.rank(), c.style);
+  RANK_OK(ncclMoeDispatch(&hostCall.args(), onHost, host, nullptr), host);
+  RANK_TRY(rank.upload(gpuCall, c.reachable));
+  RANK_OK(ncclMoeDispatch(&gpuCall.args(), onGpu, rank.comm(), rank.stream()), rank.comm());
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  RANK_TRY(rank.download());
+  std::string wrong = compareDispatch(*c.reference, rank.rank(), hostCall.image(), gpuCall.image());
+  if (!wrong.empty()) return wrong + " in " + describe(p);
+  int64_t gpuRows = -1, hostRows = -2;
+  std::vector<int> gpuCounts(c.reference->delivery(rank.rank()).expertCounts.size()), hostCounts(gpuCounts.size(), -1);
+  RANK_OK(ncclMoeRoutingGetCounts(onGpu, rank.comm(), &gpuRows, gpuCounts.data()), rank.comm());
+  RANK_OK(ncclMoeRoutingGetCounts(onHost, host, &hostRows, hostCounts.data()), host);
+  RANK_CHECK(gpuRows == hostRows && gpuCounts == hostCounts, "GetCounts differ: %lld rows, host %lld",
+             static_cast<long long>(gpuRows), static_cast<long long>(hostRows));
+  rank.forget();
+  for (const CombineProblem& problem : c.combines) {
+    CombineCall gpuCombine(*c.reference, problem, rank.rank(), c.style.emptyNull, 0),
+      hostCombine(*c.reference, problem, rank.rank(), c.style.emptyNull, 0);
+    RANK_OK(ncclMoeCombine(&hostCombine.args(), onHost, host, nullptr), host);
+    RANK_TRY(rank.upload(gpuCombine, false));
+    RANK_OK(ncclMoeCombine(&gpuCombine.args(), onGpu, rank.comm(), rank.stream()), rank.comm());
+    RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+    RANK_TRY(rank.download());
+    wrong = compareCombine(*c.reference, problem, rank.rank(), hostCombine.image(), gpuCombine.image());
+    if (!wrong.empty()) return wrong + " in " + describe(problem) + " after " + describe(p);
+    rank.forget();
+  }
+  ncclResult_t async = ncclSuccess;
+  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+  RANK_CHECK(async == ncclSuccess, "%s", ncclMoeGetLastError(rank.comm()));
+  RANK_OK(ncclMoeRoutingDestroy(onGpu, rank.comm()), rank.comm());
+  RANK_OK(ncclMoeRoutingDestroy(onHost, host), host);
+  return "";
+}
+
+class GpuOracle : public testing::TestWithParam<int> {};
+
+TEST_P(GpuOracle, SaysWhatTheHostBackendSays) {
+  NEED_GPUS(1);
+  const int nRanks = GetParam(), nDevices = gpuCount();
+  const uint64_t seed = testSeed();
+  Random random(seed + static_cast<uint64_t>(nRanks));
+  const std::vector<Case> cases = everyCase(random, nRanks);
+  const TempDir directory;
+  const std::string wrong =
+    runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      for (size_t n = 0; n < cases.size(); n++) {
+        ncclMoeConfig_t config = cases[n].world.config();
+        config.timeoutMs = 20000;
+        config.numSms = 8;
+        ncclMoeComm_t host = nullptr;
+        const std::string rendezvous = "file://" + directory.path() + "/" + std::to_string(n);
+        RANK_OK(ncclMoeCommInitHost(&host, nRanks, r, rendezvous.c_str(), &config), nullptr);
+        GpuRank rank(r, nRanks, r % nDevices);
+        RANK_TRY(rank.init(config, meeting, kArenaBytes));
+        const std::string wrong = compareBackends(rank, host, cases[n]);
+        if (!wrong.empty()) return format("case %zu, %s: ", n, cases[n].world.describe().c_str()) + wrong;
+        RANK_TRY(rank.destroy());
+        RANK_OK(ncclMoeCommDestroy(host), nullptr);
+      }
+      return "";
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuOracle, testing::Values(1, 2, 3, 5, 8));
+
+} // namespace
+} // namespace moe::test
