@@ -16,6 +16,7 @@
 #include "device/bootstrap.h"
 #include "device/cuda_handle.h"
 #include "device/kernels.h"
+#include "device/latency_routing.h"
 #include "device/window.h"
 
 namespace moe {
@@ -24,6 +25,7 @@ namespace {
 // The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
 constexpr int kCopySms = 24;    // RANK_MAJOR dispatch without the cast: a plain copy
 constexpr int kDefaultSms = 64; // all else: local copies, the cast or sums beside the wire
+constexpr int kLatencySms = 32; // latency mode
 
 class NvtxRange {
  public:
@@ -56,11 +58,21 @@ uint64_t hostIdentity() {
   return h;
 }
 
-// Tables of the placement and of the windows, beside the communicator window.
+// Tables of the placement and of the windows, and what latency mode's routings share, beside the communicator window.
 size_t windowTableBytes(int nRanks) { return align128(sizeof(char*) * kMaxWindows * nRanks); }
 size_t expertTableBytes(int nExperts) { return align128(sizeof(int) * nExperts); }
+size_t latencySharedBytes(int nExperts) {
+  return align128(sizeof(LatencyShared) + sizeof(unsigned long long) * nExperts);
+}
 size_t tableBytes(const CommConfig& config, int nRanks) {
-  return windowTableBytes(nRanks) + 2 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1));
+  return windowTableBytes(nRanks) + 3 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1)) +
+         latencySharedBytes(config.nExperts);
+}
+
+// Room for rows is only taken where a routing may be served by the throughput kernels.
+CommLayout commLayout(const CommConfig& config, int nRanks) {
+  const bool never = servedByLatency(config, nRanks, config.maxTokens, config.maxTopK);
+  return CommLayout(nRanks, config.nExperts, never ? 0 : config.maxTokens, config.maxTopK, config.maxRowBytes);
 }
 
 size_t elementBytes(ncclDataType_t type) {
@@ -71,6 +83,7 @@ struct DeviceRouting : RoutingState {
   int id = 0;
   int window = -1;
   RoutingLayout layout;
+  std::unique_ptr<LatencyRouting> latency; // where latency mode serves it; layout is then unused
   HostMapped<RoutingOutcome> outcome;
   UniqueEvent counted; // after the route kernel of the last dispatch
   bool countedInCapture = false;
@@ -87,7 +100,7 @@ class DeviceBackend : public Backend {
     CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
     CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     MOECHECK(agree());
-    layout_ = CommLayout(moe_.nRanks, config_.nExperts, config_.maxTokens, config_.maxTopK, config_.maxRowBytes);
+    layout_ = commLayout(config_, moe_.nRanks);
     const size_t needed = layout_.bytes + tableBytes(config_, moe_.nRanks);
     if (config_.maxMemory != 0 && needed > config_.maxMemory) {
       return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu", needed,
@@ -96,6 +109,8 @@ class DeviceBackend : public Backend {
     CUDACHECK(prepareRoute(sharedBytes_));
     CUDACHECK(preparePush());
     CUDACHECK(prepareCombine(sharedBytes_));
+    CUDACHECK(prepareLatencyDispatch());
+    CUDACHECK(prepareLatencyCombine());
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
     MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
     MOECHECK(eventCreate(&eager_.event));
@@ -116,7 +131,9 @@ class DeviceBackend : public Backend {
   }
 
   ncclResult_t routingMemoryNeeded(const ncclMoeRoutingConfig_t& config, size_t* bytes) override {
-    *bytes = RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
+    *bytes = servedByLatency(config_, moe_.nRanks, config.maxTokens, config.topK)
+               ? latencyLayout(config_, moe_.nRanks, config.maxTokens, config.topK).bytes
+               : RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
     return ncclSuccess;
   }
 
@@ -175,6 +192,11 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeDispatch"));
     DeviceRouting& state = stateOf(routing);
+    if (state.latency != nullptr) {
+      launched_ = true;
+      MOECHECK(state.latency->dispatch(args, routing, sms(args.numSms, kLatencySms), stream));
+      return (args.flags & NCCL_MOE_SEND_ONLY) != 0 ? ncclSuccess : noteCounts(state, stream);
+    }
     const bool keep = (args.flags & NCCL_MOE_KEEP_ROUTING) != 0;
     PushArgs push{};
     push.comm = view();
@@ -221,12 +243,10 @@ class DeviceBackend : public Backend {
     route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
 
     const bool plainCopy = routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone;
-    const bool capturing = isCapturing(stream);
     MOECHECK(follow(stream));
     launched_ = true;
     CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
-    CUDACHECK(cudaEventRecord(state.counted.get(), stream));
-    state.countedInCapture = capturing;
+    MOECHECK(noteCounts(state, stream));
     CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream));
     return followed(stream);
   }
@@ -236,6 +256,10 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeCombine"));
     DeviceRouting& state = stateOf(routing);
+    if (state.latency != nullptr) {
+      launched_ = true;
+      return state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream);
+    }
     if (args.x == nullptr && hasRows(state, stream)) return fail(ncclInvalidArgument, "ncclMoeCombine: args.x is NULL");
     if (args.withGradWeights != 0 && args.gradWeights == nullptr && hasRows(state, stream)) {
       return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
@@ -265,10 +289,13 @@ class DeviceBackend : public Backend {
   }
 
   // The throughput kernels do the whole transfer in the first half.
-  ncclResult_t complete(ncclMoeRouting&, cudaStream_t stream) override {
+  ncclResult_t complete(ncclMoeRouting& routing, cudaStream_t stream) override {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeComplete"));
-    return follow(stream);
+    DeviceRouting& state = stateOf(routing);
+    if (state.latency == nullptr) return follow(stream);
+    MOECHECK(state.latency->complete(routing, stream));
+    return routing.phase == ncclMoeRouting::Phase::dispatchSent ? noteCounts(state, stream) : ncclSuccess;
   }
 
   ncclResult_t memAlloc(void** ptr, size_t bytes) override {
@@ -392,7 +419,15 @@ class DeviceBackend : public Backend {
     dWindows_ = reinterpret_cast<char**>(at);
     dPosition_ = reinterpret_cast<int*>(at + windowBytes);
     dRankOf_ = reinterpret_cast<int*>(at + windowBytes + expertBytes);
-    dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 2 * expertBytes);
+    dHomes_ = reinterpret_cast<uint32_t*>(at + windowBytes + 2 * expertBytes);
+    shared_ = reinterpret_cast<LatencyShared*>(at + windowBytes + 3 * expertBytes);
+    dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 3 * expertBytes + latencySharedBytes(config_.nExperts));
+    std::vector<uint32_t> homes(config_.nExperts);
+    for (int e = 0; e < config_.nExperts; e++) {
+      homes[e] = static_cast<uint32_t>(position[e]) | static_cast<uint32_t>(rankOf[position[e]]) << 16;
+    }
+    CUDACHECK(cudaMemcpy(dHomes_, homes.data(), sizeof(uint32_t) * homes.size(), cudaMemcpyHostToDevice));
+    CUDACHECK(cudaMemset(shared_, 0, latencySharedBytes(config_.nExperts)));
     CUDACHECK(cudaMemcpy(dPosition_, position.data(), sizeof(int) * position.size(), cudaMemcpyHostToDevice));
     CUDACHECK(cudaMemcpy(dRankOf_, rankOf.data(), sizeof(int) * rankOf.size(), cudaMemcpyHostToDevice));
     CUDACHECK(cudaMemcpy(dRankStart_, rankStart.data(), sizeof(int) * rankStart.size(), cudaMemcpyHostToDevice));
@@ -401,9 +436,10 @@ class DeviceBackend : public Backend {
 
   ncclResult_t routingMake(const ncclMoeRoutingConfig_t& c, DeviceRouting& state) {
     const int nLocal = config_.nLocal[moe_.rank];
-    state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
+    const bool latency = servedByLatency(config_, moe_.nRanks, c.maxTokens, c.topK);
+    if (!latency) state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
     const long long perExpert = static_cast<long long>(moe_.nRanks) * c.maxTokens + c.expertAlignment - 1;
-    ncclResult_t result = ncclSuccess;
+    ncclResult_t result = latencyRefusal(config_, moe_.nRanks, c.maxTokens, c.topK);
     if (c.layout != ncclMoeLayoutRankMajor && perExpert * nLocal > INT32_MAX) {
       result =
         fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
@@ -411,7 +447,7 @@ class DeviceBackend : public Backend {
     if (result == ncclSuccess) result = hostMappedAlloc(&state.outcome, sizeof(RoutingOutcome) + sizeof(int) * nLocal);
     if (result == ncclSuccess) result = eventCreate(&state.counted);
     state.id = nextRouting_++;
-    state.bytes = state.layout.bytes;
+    MOECHECK(routingMemoryNeeded(c, &state.bytes));
     const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
                                   static_cast<int>(hash({c.layout, c.expertAlignment}))};
     std::vector<std::array<int, 4>> all(moe_.nRanks);
@@ -427,7 +463,20 @@ class DeviceBackend : public Backend {
         }
       }
     }
-    return addWindow(state.layout.bytes, true, &state.window);
+    MOECHECK(addWindow(state.bytes, true, &state.window));
+    if (!latency) return ncclSuccess;
+    state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome.get(),
+                                                     dHomes_, shared_);
+    const ncclResult_t emptied = state.latency->empty();
+    MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
+    return emptied;
+  }
+
+  // After the work that leaves a dispatch's counts.
+  ncclResult_t noteCounts(DeviceRouting& state, cudaStream_t stream) {
+    CUDACHECK(cudaEventRecord(state.counted.get(), stream));
+    state.countedInCapture = isCapturing(stream);
+    return ncclSuccess;
   }
 
   // Collective; the same number on every rank.  Takes a released window where all ranks have released one that fits:
@@ -601,26 +650,33 @@ class DeviceBackend : public Backend {
 
   ncclResult_t failureOf(std::string* sentence) const {
     const volatile Failure* f = failure_.get();
-    static const char* const phases[] = {"", "the counts of dispatch", "the start of combine", "a row of dispatch",
+    static const char* const phases[] = {"",
+                                         "the counts of dispatch",
+                                         "the start of combine",
+                                         "a row of dispatch",
+                                         "a row of combine",
+                                         "the start of a call",
+                                         "a row of dispatch",
                                          "a row of combine"};
+    const char* const whose = f->phase >= kPhaseHeader ? "routing" : "communicator";
     char text[256];
     switch (f->code) {
     case kFailNone:
       return ncclSuccess;
     case kFailTimeout:
-      snprintf(text, sizeof(text), "rank %d waited %d ms for %s from rank %d, call %u of the communicator", moe_.rank,
-               config_.timeoutMs, phases[f->phase], f->peer, f->epoch);
+      snprintf(text, sizeof(text), "rank %d waited %d ms for %s from rank %d, call %u of the %s", moe_.rank,
+               config_.timeoutMs, phases[f->phase], f->peer, f->epoch, whose);
       break;
     case kFailAborted:
       snprintf(text, sizeof(text),
-               "rank %d was aborted while it waited for %s from rank %d, call %u of the communicator", moe_.rank,
-               phases[f->phase], f->peer, f->epoch);
+               "rank %d was aborted while it waited for %s from rank %d, call %u of the %s", moe_.rank,
+               phases[f->phase], f->peer, f->epoch, whose);
       break;
     default:
       snprintf(text, sizeof(text),
-               "rank %d and rank %d disagree about call %u of the communicator: not the same collective, "
+               "rank %d and rank %d disagree about call %u of the %s: not the same collective, "
                "routing, hidden, type, quant or scaleBytes",
-               moe_.rank, f->peer, f->epoch);
+               moe_.rank, f->peer, f->epoch, whose);
     }
     *sentence = text;
     return f->code == kFailMismatch ? ncclInvalidUsage : ncclRemoteError;
@@ -672,6 +728,8 @@ class DeviceBackend : public Backend {
   DeviceMemory tables_;
   char** dWindows_ = nullptr;
   int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
+  uint32_t* dHomes_ = nullptr;
+  LatencyShared* shared_ = nullptr;
   std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
   std::vector<int> userWindows_;
   std::bitset<kMaxWindows> released_; // of windows_: no longer in use, but kept
@@ -685,8 +743,7 @@ class DeviceBackend : public Backend {
 } // namespace
 
 ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* bytes) {
-  *bytes = CommLayout(nRanks, config.nExperts, config.maxTokens, config.maxTopK, config.maxRowBytes).bytes +
-           tableBytes(config, nRanks);
+  *bytes = commLayout(config, nRanks).bytes + tableBytes(config, nRanks);
   return ncclSuccess;
 }
 

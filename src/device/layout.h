@@ -39,7 +39,10 @@ enum WaitPhase : int {
   kPhaseExchange = 1,
   kPhaseReady = 2,
   kPhaseDispatchRow = 3,
-  kPhaseCombineRow = 4
+  kPhaseCombineRow = 4,
+  kPhaseHeader = 5, // from here on: latency mode
+  kPhaseLatencyDispatchRow = 6,
+  kPhaseLatencyCombineRow = 7
 };
 
 // First failure of this rank's kernels, in host memory that the device writes: fields first, code last.

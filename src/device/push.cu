@@ -8,9 +8,7 @@
 // small tensors to the caller's. Warps block on a flag only when all tokens have been taken, and a warp that has taken
 // a token never blocks before it has pushed it: so one resident block per rank is enough to finish, whatever else
 // occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout and abort.
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
-
+#include "device/cast.cuh"
 #include "device/token.cuh"
 
 namespace moe {
@@ -51,40 +49,15 @@ __device__ __forceinline__ void castRow(const PushArgs& a, const uint4* from, co
       raw[0] = loadOnce(from + 2 * g);
       raw[1] = loadOnce(from + 2 * g + 1);
     }
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(raw);
-    float amax = 0x1p-64f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float2 f = __bfloat1622float2(pairs[i]);
-      amax = fmaxf(amax, fmaxf(fabsf(f.x), fabsf(f.y)));
-    }
-#pragma unroll
-    for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    const float scale = __fdiv_rn(amax, 448.0f);
-    float factor;
-    unsigned exponent = 0;
-    if (a.quant == ncclMoeQuantFp8Ue8m0) {
-      const unsigned bits = __float_as_uint(scale);
-      exponent = min((bits >> 23) + ((bits & 0x7fffffu) != 0 ? 1u : 0u), 254u);
-      factor = exponent == 254u ? 0x1p-127f : __uint_as_float((254u - exponent) << 23);
-    } else {
-      factor = __fdiv_rn(448.0f, amax);
-    }
-    uint4 out;
-    uint16_t* q = reinterpret_cast<uint16_t*>(&out);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float2 f = __bfloat1622float2(pairs[i]);
-      f.x = __fmul_rn(f.x, factor);
-      f.y = __fmul_rn(f.y, factor);
-      q[i] = __nv_cvt_float2_to_fp8x2(f, __NV_SATFINITE, __NV_E4M3);
-    }
+    float scale;
+    const bool ue8m0 = a.quant == ncclMoeQuantFp8Ue8m0;
+    const uint4 out = castSixteen(raw, ue8m0, &scale);
     if (active) {
       for (int d = 0; d < nDst; d++) scratch.rows[d][g] = out;
       if (g % 8 == 0) {
         for (int d = 0; d < nScales; d++) {
-          if (a.quant == ncclMoeQuantFp8Ue8m0) {
-            scratch.scales[d][g / 8] = static_cast<char>(exponent);
+          if (ue8m0) {
+            scratch.scales[d][g / 8] = static_cast<char>(__float_as_uint(scale) >> 23);
           } else {
             reinterpret_cast<float*>(scratch.scales[d])[g / 8] = scale;
           }

@@ -135,6 +135,7 @@ void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::thread
           ncclMoeConfig_t config = worlds[j].config();
           config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
           if (j % 3 == 1) config.numSms = 1;
+          if (const char* m = getenv("MOE_TEST_MODE")) config.mode = static_cast<ncclMoeMode_t>(atoi(m)); else config.mode = ncclMoeModeThroughput;
           config.timeoutMs = as == RanksAs::threads ? 5000 : 30000; // processes on one GPU take turns
           const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
           std::string wrong = rank.init(config, meeting, kArenaBytes);

@@ -1,0 +1,268 @@
+// What the latency kernels have in common: packets that need no flag, waits, and who sends what.
+//
+// Packets.  Rows travel in packets of 16 bytes that say by themselves whether they are there: an empty packet holds kEmptyByte in
+// every byte, and a store of 16 bytes by one b128 instruction is seen as a whole (PTX: b128 accesses are single-copy atomic).  So
+// a receiver polls the very packet that it wants; the sender neither fences nor stores a flag, and packets may arrive in any
+// order. A receiver makes a packet empty again when it has used it.
+//   Data may look like an empty packet.  The sender of such data then also stores the unit's tag into the record's literals, with
+// release after the packets of the unit; a receiver that waits for long looks there, with acquire, and takes what is there.
+//   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.
+//
+// Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
+// after it has seen its peer's header of call n+1.  The peer stored that in a kernel that began after its kernel of call n had
+// ended, and had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its own memory
+// are performed when it ends.  A header comes in every call from every rank, even where nothing else is to be sent.
+//
+// Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
+// sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
+// one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends what nobody has
+// claimed yet: whatever else runs, one resident block is enough for the peers to go on, and once they do, so does this rank.
+//
+// Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank.
+#pragma once
+
+#include <algorithm>
+
+#include "device/latency.h"
+#include "device/primitives.cuh"
+
+namespace moe {
+
+constexpr uint64_t kStallNs = 20000;
+constexpr int kPollsBetweenChecks = 32;
+
+// One call of a routing: the tag is never 0.
+struct Call {
+  unsigned long long number;
+  uint32_t tag;
+  unsigned parity;
+};
+
+enum class Progress { done, stalled, failed };
+
+__device__ __forceinline__ LatencyState* stateOf(const LatencyView& v) {
+  return reinterpret_cast<LatencyState*>(v.peers[v.comm.rank] + v.layout.state);
+}
+__device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.comm.rank]; }
+
+__device__ __forceinline__ unsigned long long ticketsDone(const unsigned long long* tickets) {
+  return *reinterpret_cast<const volatile unsigned long long*>(tickets) >> kTicketBits;
+}
+__device__ __forceinline__ Call currentCall(const LatencyView& v) {
+  Call call;
+  call.number = ticketsDone(&stateOf(v)->calls);
+  call.tag = static_cast<uint32_t>(call.number % 0xffffffffull) + 1;
+  call.parity = static_cast<unsigned>(call.number & 1);
+  return call;
+}
+// By one thread of a block whose threads have all read the counter.
+__device__ __forceinline__ void addTicket(unsigned long long* tickets) {
+  atomicAdd(tickets, blockIdx.x == 0 ? (1ull << kTicketBits) - (gridDim.x - 1) : 1ull);
+}
+
+// ----------------------------------------------------------------------------------------------------- packets ----
+
+__device__ __forceinline__ void storePacket(uint4* to, const uint4& v) {
+  const unsigned long long lo = static_cast<unsigned long long>(v.y) << 32 | v.x;
+  const unsigned long long hi = static_cast<unsigned long long>(v.w) << 32 | v.z;
+  asm volatile("{ .reg .b128 p; mov.b128 p, {%1, %2}; st.relaxed.sys.global.b128 [%0], p; }" ::"l"(to), "l"(lo), "l"(hi)
+               : "memory");
+}
+__device__ __forceinline__ uint4 loadPacket(const uint4* from) {
+  unsigned long long lo, hi;
+  asm volatile("{ .reg .b128 p; ld.relaxed.sys.global.b128 p, [%2]; mov.b128 {%0, %1}, p; }"
+               : "=l"(lo), "=l"(hi)
+               : "l"(from)
+               : "memory");
+  return make_uint4(static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32), static_cast<uint32_t>(hi),
+                    static_cast<uint32_t>(hi >> 32));
+}
+constexpr uint32_t kEmptyWord = kEmptyByte * 0x01010101u;
+__device__ __forceinline__ bool isEmpty(const uint4& v) {
+  return v.x == kEmptyWord && v.y == kEmptyWord && v.z == kEmptyWord && v.w == kEmptyWord;
+}
+__device__ __forceinline__ uint4 emptyPacket() { return make_uint4(kEmptyWord, kEmptyWord, kEmptyWord, kEmptyWord); }
+
+__device__ __forceinline__ uint4* packets(char* window, size_t offset) {
+  return reinterpret_cast<uint4*>(window + offset);
+}
+
+// Component i of a packet.
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Eight picks of 12 bits in three words; the fourth is the tag.
+__device__ __forceinline__ int pickOf(const uint4& v, int i) {
+  const int bit = 12 * i;
+  const uint32_t low = word(v, bit / 32);
+  const uint32_t high = bit / 32 < 2 ? word(v, bit / 32 + 1) : 0;
+  return static_cast<int>(__funnelshift_r(low, high, bit % 32) & 0xfff);
+}
+
+// Pick `lane` of token t of source, kNoPick for lanes >= K.
+__device__ __forceinline__ int loadPick(const LatencyView& v, unsigned buffer, int source, int t) {
+  const int lane = threadIdx.x & 31;
+  if (lane >= v.layout.topK) return kNoPick;
+  const uint4 packet =
+    loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + lane / kPicksPerPacket);
+  return pickOf(packet, lane % kPicksPerPacket);
+}
+
+// ------------------------------------------------------------------------------------------------------- waits ----
+
+// Whether a wait that began at `start` shall go on.  May diverge.
+__device__ __forceinline__ Progress goOn(const CommView& c, int phase, int peer, uint32_t tag, uint64_t start,
+                                         bool mayStall) {
+  if (*reinterpret_cast<volatile uint32_t*>(&control(c)->failed) != 0) return Progress::failed;
+  const uint64_t waited = globalTimerNs() - start;
+  if (waited > c.timeoutNs) {
+    recordFailure(c, kFailTimeout, phase, peer, tag);
+    return Progress::failed;
+  }
+  if (waited > kStallNs) {
+    if (*c.abortFlag != 0) {
+      recordFailure(c, kFailAborted, phase, peer, tag);
+      return Progress::failed;
+    }
+    if (mayStall) return Progress::stalled;
+  }
+  return Progress::done;
+}
+
+// By one thread.
+template <class Ready>
+__device__ __forceinline__ Progress await(const CommView& c, int phase, int peer, uint32_t tag, bool mayStall,
+                                          Ready ready) {
+  uint64_t start = 0;
+  for (uint32_t polls = 1; !ready(); polls++) {
+    if (polls % kPollsBetweenChecks != 0) continue;
+    if (start == 0) start = globalTimerNs();
+    const Progress progress = goOn(c, phase, peer, tag, start, mayStall);
+    if (progress != Progress::done) return progress;
+  }
+  return Progress::done;
+}
+
+// By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data whatever it is.
+// peerOf(i): whom it comes from.
+template <int N, class Peer, class Literal>
+__device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
+                                         const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {
+  unsigned missing = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) missing |= from[i] != nullptr ? 1u << i : 0u;
+  uint64_t start = 0;
+  for (uint32_t polls = 1;; polls++) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if ((missing >> i & 1) != 0) got[i] = loadPacket(from[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if ((missing >> i & 1) != 0 && !isEmpty(got[i])) missing &= ~(1u << i);
+    }
+    if (__all_sync(~0u, missing == 0)) return Progress::done;
+    if (polls % kPollsBetweenChecks != 0) continue;
+    if (start == 0) start = globalTimerNs();
+    Progress progress = Progress::done;
+    if (missing != 0) {
+      int peer = -1;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        if ((missing >> i & 1) == 0) continue;
+        if (literal(i)) {
+          got[i] = loadPacket(from[i]);
+          missing &= ~(1u << i);
+        } else {
+          peer = peerOf(i);
+        }
+      }
+      if (missing != 0) progress = goOn(c, phase, peer, tag, start, mayStall);
+    }
+    if (__any_sync(~0u, progress == Progress::failed)) return Progress::failed;
+    if (__any_sync(~0u, progress == Progress::stalled)) return Progress::stalled;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ sending ----
+
+struct Shares {
+  unsigned long long* claims;
+  unsigned long long mark; // of this call
+  int count;               // shares that have items
+  bool allTaken;
+
+  __device__ __forceinline__ Shares(const LatencyView& v, const Call& call, int nItems)
+    : claims(reinterpret_cast<unsigned long long*>(own(v) + v.layout.claims)), mark(call.number + 1),
+      count(min(nItems, static_cast<int>(gridDim.x * (blockDim.x / 32)))), allTaken(false) {}
+
+  // Neighbouring shares go to different SMs.
+  static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+  static __device__ __forceinline__ int stride() { return gridDim.x * (blockDim.x / 32); }
+
+  // The same answer in all lanes.
+  __device__ __forceinline__ bool claim(int share) const {
+    unsigned long long before = 0;
+    if ((threadIdx.x & 31) == 0) before = atomicExch(&claims[share], mark);
+    return __shfl_sync(~0u, before, 0) != mark;
+  }
+  // One that nobody had claimed a moment ago, or -1.
+  __device__ __forceinline__ int unclaimed() {
+    if (allTaken) return -1;
+    const int start = first() % count;
+    for (int n = 0; n < count; n += 32) {
+      const int i = n + (threadIdx.x & 31);
+      const int share = (start + i) % count;
+      const bool open = i < count && *reinterpret_cast<volatile unsigned long long*>(&claims[share]) != mark;
+      const unsigned opens = __ballot_sync(~0u, open);
+      if (opens != 0) return __shfl_sync(~0u, share, __ffs(opens) - 1);
+    }
+    allTaken = true;
+    return -1;
+  }
+};
+
+// To every rank that takes part: how many tokens, or whatever z and x say, and that the call has begun.  By a whole warp.
+__device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& call, unsigned long long masked, uint32_t x,
+                                            uint32_t signature, uint32_t z) {
+  for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
+    if ((masked >> r & 1) != 0) continue;
+    storePacket(packets(v.peers[r], v.layout.header(call.parity, v.comm.rank)), make_uint4(x, signature, z, call.tag));
+  }
+}
+
+// By one thread; *header is the peer's when it returns done.
+__device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call& call, int peer, uint32_t signature,
+                                                bool mayStall, uint4* header) {
+  const uint4* at = packets(own(v), v.layout.header(call.parity, peer));
+  const Progress progress = await(v.comm, kPhaseHeader, peer, call.tag, mayStall, [&] {
+    *header = loadPacket(at);
+    return header->w == call.tag;
+  });
+  if (progress != Progress::done || header->y == signature) return progress;
+  recordFailure(v.comm, kFailMismatch, kPhaseHeader, peer, call.tag, header->y);
+  return Progress::failed;
+}
+
+// Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole warp.
+__device__ __forceinline__ void sendLiteral(const LatencyView& v, const Call& call, int r, int plane, int t, int unit) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) {
+    storeRelease(reinterpret_cast<uint32_t*>(v.peers[r] + v.layout.literal(call.parity, plane, t, unit)), call.tag);
+  }
+}
+__device__ __forceinline__ bool isLiteral(const LatencyView& v, const Call& call, int plane, int t, int unit) {
+  return loadAcquire(reinterpret_cast<const uint32_t*>(own(v) + v.layout.literal(call.parity, plane, t, unit))) ==
+         call.tag;
+}
+
+// Blocks that give every warp at most one item to send and one to receive, were all ranks like this one.
+inline int latencyBlocks(const LatencyView& v, int nTokens, int rowBytes, int nThreads, int maxSms) {
+  const int units = 1 + (rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
+  const long long items = static_cast<long long>(units) * std::min(v.comm.nRanks, v.layout.topK) * nTokens;
+  const long long blocks = (items + nThreads / 32 - 1) / (nThreads / 32);
+  return static_cast<int>(std::max(1ll, std::min<long long>(blocks, std::min(maxSms, kMaxLatencyBlocks))));
+}
+
+} // namespace moe

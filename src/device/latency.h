@@ -1,0 +1,82 @@
+// The latency kernels' arguments and launchers.
+#pragma once
+
+#include "device/kernels.h"
+#include "device/latency_layout.h"
+
+namespace moe {
+
+// A routing in latency mode as a kernel sees it.
+struct LatencyView {
+  CommView comm;
+  LatencyLayout layout;
+  char* peers[kMaxDeviceRanks]; // the routing's window at every rank
+  const uint32_t* homes;        // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
+  int nLocal;
+  int kind; // ncclMoeLayout_t
+  int alignment;
+  bool hostCounts;
+  RoutingOutcome* outcome; // host memory
+  LatencyShared* shared;
+};
+
+// Which halves of a call a kernel does.
+struct LatencyHalves {
+  bool send, receive;
+};
+
+struct LatencyDispatchArgs {
+  LatencyView view;
+  LatencyHalves halves;
+  const char* x;
+  int rowBytes;  // of x
+  int wireBytes; // after the cast
+  int hidden;
+  ncclMoeQuant_t quant;
+  const void* topkIdx;
+  bool idx64;
+  bool keep;
+  const float* topkWeights;
+  const char* scales;
+  int scaleBytes; // of recvScales
+  bool columnMajor;
+  long long rows; // leading dimension of column-major scales
+  char* recvX;
+  char* recvScales;
+  int* recvTopkIdx;
+  float* recvWeights;
+  int* recvCount;
+  int* expertCounts;
+  int* expertOffsets;
+  int nTokens;
+  const int* nTokensDev;
+  long long capacity;
+  uint32_t signature;
+};
+
+struct LatencyCombineArgs {
+  LatencyView view;
+  LatencyHalves halves;
+  const char* x;
+  int rowBytes;
+  ncclDataType_t type;
+  bool exact;
+  const float* weights;
+  const float* gradWeights;
+  bool withGrads;
+  char* out;
+  float* gradTopkWeights;
+  int nTokens; // at most so many
+  uint32_t signature;
+};
+
+// As the other prepare functions.
+cudaError_t prepareLatencyDispatch();
+cudaError_t prepareLatencyCombine();
+// Shared memory that a dispatch takes.
+size_t latencyShared(const LatencyLayout& layout, int nExperts, int nLocal);
+// They take fewer blocks than maxSms where there is less to do.
+cudaError_t launchLatencyDispatch(const LatencyDispatchArgs& args, int maxSms, cudaStream_t stream);
+cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream);
+
+} // namespace moe

@@ -1,0 +1,399 @@
+// Latency mode's combine: one kernel.
+//
+// Send.  Items: 0 the headers; then for each row that the last dispatch brought, source by source and token by token, its
+// segments, and with weight gradients unit 0.  A warp adds up this rank's (weighted) rows of the token and stores the sum into the
+// owner's record of plane "this rank"; with EXACT it stores each row into the plane of its selection, with its weight.
+// Receive.  Items: 0 the headers of all ranks; then for each own token its segments.  A warp waits for the packets of all planes
+// that the token has, in groups, adds them in the order of the planes and stores the sum where the caller wants it.
+// See latency.cuh for packets, waits and who sends.
+#include "device/latency.cuh"
+#include "device/row_sum.cuh"
+
+namespace moe {
+namespace {
+
+constexpr int kThreads = 512;
+template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : 4;
+constexpr int kRowsAtATime = 4;
+
+struct Shape {
+  int nSegments, nPackets; // of a row
+  int nUnits;              // 1 + segments, or without weight gradients the segments alone
+  int firstUnit;
+  __device__ __forceinline__ explicit Shape(const LatencyCombineArgs& a)
+    : nSegments((a.rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes)),
+      nPackets(a.rowBytes / kPacketBytes), nUnits(nSegments + (a.withGrads ? 1 : 0)), firstUnit(a.withGrads ? 0 : 1) {}
+};
+
+// The place of one lane's packets in a segment.
+struct Place {
+  int at[2];
+  bool has[2];
+  __device__ __forceinline__ Place(int segment, int nPackets) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      at[i] = segment * kSegmentPackets + static_cast<int>(threadIdx.x & 31) + 32 * i;
+      has[i] = at[i] < nPackets;
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call& call, int owner, int t, int segment,
+                                        const Place& place, int entry, unsigned here) {
+  constexpr int kElems = Vec<T>::kElems;
+  const LatencyView& v = a.view;
+  const int rank = v.comm.rank;
+  uint4* record = packets(v.peers[owner], v.layout.record(call.parity, rank, t));
+  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+  uint4 sum[2] = {};
+  if (v.kind == ncclMoeLayoutRankMajor) { // one row: all its selections name it
+    const long long slot = __shfl_sync(~0u, entry, __ffs(here) - 1);
+    const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (place.has[i]) sum[i] = loadOnce(row + place.at[i]);
+    }
+  } else {
+    float acc[2][kElems] = {};
+    for (unsigned rest = here; rest != 0;) {
+      uint4 raw[kRowsAtATime][2] = {};
+      float weights[kRowsAtATime];
+      int n = 0;
+#pragma unroll
+      for (int j = 0; j < kRowsAtATime; j++) {
+        if (rest == 0) continue;
+        const int k = __ffs(rest) - 1;
+        rest &= rest - 1;
+        n++;
+        weights[j] = __shfl_sync(~0u, weight, k);
+        const long long slot = __shfl_sync(~0u, entry, k);
+        const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (place.has[i]) raw[j][i] = loadOnce(row + place.at[i]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtATime; j++) {
+        if (j >= n) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float f[kElems];
+          Vec<T>::load(raw[j][i], f);
+          addProduct<kElems>(acc[i], weights[j], f);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) sum[i] = Vec<T>::store(acc[i]);
+  }
+  bool looksEmpty = false;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (!place.has[i]) continue;
+    storePacket(record + place.at[i], sum[i]);
+    looksEmpty = looksEmpty || isEmpty(sum[i]);
+  }
+  if (__any_sync(~0u, looksEmpty)) sendLiteral(v, call, owner, rank, t, 1 + segment);
+}
+
+__device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call& call, int owner, int t, int segment,
+                                         const Place& place, int entry, unsigned here) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+  for (unsigned rest = here; rest != 0; rest &= rest - 1) {
+    const int k = __ffs(rest) - 1;
+    const long long slot = __shfl_sync(~0u, entry, k);
+    const uint32_t w = __float_as_uint(__shfl_sync(~0u, weight, k));
+    const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+    uint4* record = packets(v.peers[owner], v.layout.record(call.parity, k, t));
+    bool looksEmpty = false;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!place.has[i]) continue;
+      const uint4 packet = loadOnce(row + place.at[i]);
+      storePacket(record + place.at[i], packet);
+      looksEmpty = looksEmpty || isEmpty(packet);
+    }
+    if (lane == 0) storePacket(record + v.layout.extrasOf(segment), make_uint4(w, 0, 0, 0)); // never looks empty
+    if (__any_sync(~0u, looksEmpty)) sendLiteral(v, call, owner, k, t, 1 + segment);
+  }
+}
+
+__device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Call& call, int owner, int t,
+                                          int entry) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31, k = v.layout.topK;
+  float grad = 0.0f;
+  if (entry >= 0) {
+    grad = a.gradWeights[v.kind == ncclMoeLayoutRankMajor ? static_cast<long long>(entry) * k + lane : entry];
+  }
+  uint4 packet{};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t bits = __shfl_sync(~0u, __float_as_uint(grad), (4 * lane + i) & 31);
+    const uint32_t value = 4 * lane + i < k ? bits : 0u;
+    if (i == 0) packet.x = value;
+    if (i == 1) packet.y = value;
+    if (i == 2) packet.z = value;
+    if (i == 3) packet.w = value;
+  }
+  const bool has = lane < (k + 3) / 4;
+  uint4* aux = packets(v.peers[owner], v.layout.record(call.parity, v.comm.rank, t)) + v.layout.aux();
+  if (has) storePacket(aux + lane, packet);
+  if (__any_sync(~0u, has && isEmpty(packet))) sendLiteral(v, call, owner, v.comm.rank, t, 0);
+}
+
+// Item 1 + n: row n % nRows, its unit n / nRows.
+template <class T>
+__device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
+                                         unsigned long long masked, int nRows, int item) {
+  const LatencyView& v = a.view;
+  const LatencyState* state = stateOf(v);
+  const int lane = threadIdx.x & 31, k = v.layout.topK;
+  if (item == 0) {
+    sendHeaders(v, call, masked, 0, a.signature, 0);
+    return;
+  }
+  int t = (item - 1) % nRows, owner = 0;
+  const int unit = shape.firstUnit + (item - 1) / nRows;
+  while (t >= state->nTokens[owner]) t -= state->nTokens[owner++];
+  if ((masked >> owner & 1) != 0) return;
+  const size_t at = (static_cast<size_t>(owner) * v.layout.maxTokens + t) * k + lane;
+  const int entry = lane < k ? reinterpret_cast<const int*>(own(v) + v.layout.map)[at] : -1;
+  const unsigned here = __ballot_sync(~0u, entry >= 0);
+  if (here == 0) return;
+  if (unit == 0) {
+    sendGrads(a, call, owner, t, entry);
+    return;
+  }
+  const Place place(unit - 1, shape.nPackets);
+  if (a.exact) {
+    sendRows(a, call, owner, t, unit - 1, place, entry, here);
+  } else {
+    sendSum<T>(a, call, owner, t, unit - 1, place, entry, here);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- receive ------
+
+__device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, const Call& call,
+                                                   unsigned long long masked, bool mayStall) {
+  const LatencyView& v = a.view;
+  Progress worst = Progress::done;
+  for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
+    if ((masked >> r & 1) != 0) continue;
+    const uint64_t start = globalTimerNs();
+    uint4 header;
+    const Progress progress = awaitHeader(v, call, r, a.signature, mayStall, &header);
+    if (progress != Progress::done) {
+      worst = progress;
+      break;
+    }
+    atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - start));
+  }
+  if (__any_sync(~0u, worst == Progress::failed)) return Progress::failed;
+  return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
+}
+
+// Bit p: the token's record of plane p holds a row; a plane is a rank or, with EXACT, a selection.
+__device__ __forceinline__ unsigned long long planesOf(const LatencyCombineArgs& a, int rankOfPick,
+                                                       unsigned long long masked) {
+  const bool there = rankOfPick >= 0 && (masked >> rankOfPick & 1) == 0;
+  if (a.exact) return __ballot_sync(~0u, there);
+  const unsigned low = __reduce_or_sync(~0u, there && rankOfPick < 32 ? 1u << rankOfPick : 0u);
+  const unsigned high = __reduce_or_sync(~0u, there && rankOfPick >= 32 ? 1u << (rankOfPick - 32) : 0u);
+  return static_cast<unsigned long long>(high) << 32 | low;
+}
+
+template <class T, bool kExact>
+__device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, const Call& call, int t, int segment,
+                                                   int nPackets, int rankOfPick, unsigned long long planes,
+                                                   bool mayStall) {
+  constexpr int kElems = Vec<T>::kElems;
+  constexpr int kPlanes = kPlanesAtATime<kExact>;
+  constexpr int kEach = kExact ? 3 : 2; // packets of a lane in a plane
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  const Place place(segment, nPackets);
+  const auto record = [&](int plane) { return packets(own(v), v.layout.record(call.parity, plane, t)); };
+  float acc[2][kElems] = {};
+  for (unsigned long long rest = planes; rest != 0;) {
+    const uint4* from[kPlanes * kEach];
+    uint4 got[kPlanes * kEach] = {};
+    int plane[kPlanes];
+#pragma unroll
+    for (int j = 0; j < kPlanes; j++) {
+      plane[j] = rest != 0 ? __ffsll(static_cast<long long>(rest)) - 1 : -1;
+      rest &= rest - 1;
+      const uint4* base = record(max(plane[j], 0));
+#pragma unroll
+      for (int i = 0; i < 2; i++) from[j * kEach + i] = plane[j] >= 0 && place.has[i] ? base + place.at[i] : nullptr;
+      if constexpr (kExact) {
+        from[j * kEach + 2] = plane[j] >= 0 && lane == 0 ? base + v.layout.extrasOf(segment) : nullptr;
+      }
+    }
+    // Lanes whose packets are there keep others company in the wait, so every lane may shuffle.
+    const Progress progress = take(
+      v.comm, kPhaseLatencyCombineRow,
+      [&](int i) {
+        int p = plane[0];
+#pragma unroll
+        for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
+        return p;
+      },
+      call.tag, mayStall, from, got, [&](int i) {
+        int p = plane[0];
+#pragma unroll
+        for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
+        return isLiteral(v, call, p, t, 1 + segment);
+      });
+    if (progress != Progress::done) return progress;
+#pragma unroll
+    for (int j = 0; j < kPlanes; j++) {
+      if (plane[j] < 0) continue;
+      float weight = 1.0f;
+      if constexpr (kExact) weight = __uint_as_float(__shfl_sync(~0u, got[j * kEach + 2].x, 0));
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float f[kElems];
+        Vec<T>::load(got[j * kEach + i], f);
+        if constexpr (kExact) {
+          addProduct<kElems>(acc[i], weight, f);
+        } else {
+          add<kElems>(acc[i], f);
+        }
+      }
+    }
+  }
+  uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (place.has[i]) out[place.at[i]] = Vec<T>::store(acc[i]);
+  }
+  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
+    uint4* base = record(__ffsll(static_cast<long long>(rest)) - 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (place.has[i]) base[place.at[i]] = emptyPacket();
+    }
+    if (kExact && lane == 0) base[v.layout.extrasOf(segment)] = emptyPacket();
+  }
+  return Progress::done;
+}
+
+__device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, const Call& call, int t, int rankOfPick,
+                                                 unsigned long long masked, bool mayStall) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31, k = v.layout.topK, n = (k + 3) / 4;
+  const bool there = rankOfPick >= 0 && (masked >> rankOfPick & 1) == 0;
+  const unsigned same = __match_any_sync(~0u, there ? rankOfPick : -1 - lane);
+  const unsigned leaders = __ballot_sync(~0u, there && lane == __ffs(same) - 1);
+  const auto aux = [&](int r) { return packets(own(v), v.layout.record(call.parity, r, t)) + v.layout.aux(); };
+  float grad = 0.0f;
+  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+    const int r = __shfl_sync(~0u, rankOfPick, __ffs(rest) - 1);
+    const uint4* const from[1] = {lane < n ? aux(r) + lane : nullptr};
+    uint4 got[1] = {};
+    const Progress progress = take(
+      v.comm, kPhaseLatencyCombineRow, [&](int) { return r; }, call.tag, mayStall, from, got,
+      [&](int) { return isLiteral(v, call, r, t, 0); });
+    if (progress != Progress::done) return progress;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t bits = __shfl_sync(~0u, word(got[0], i), lane / 4);
+      if (lane % 4 == i && rankOfPick == r) grad = __uint_as_float(bits);
+    }
+  }
+  if (lane < k) a.gradTopkWeights[static_cast<size_t>(t) * k + lane] = grad;
+  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+    const int r = __shfl_sync(~0u, rankOfPick, __ffs(rest) - 1);
+    if (lane < n) aux(r)[lane] = emptyPacket();
+  }
+  return Progress::done;
+}
+
+template <class T>
+__device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
+                                                unsigned long long masked, unsigned buffer, int nTokens, int item,
+                                                bool mayStall) {
+  const LatencyView& v = a.view;
+  if (item == 0) return receiveHeaders(a, call, masked, mayStall);
+  const int t = (item - 1) % nTokens, unit = shape.firstUnit + (item - 1) / nTokens;
+  const int pick = loadPick(v, buffer, v.comm.rank, t);
+  const int rankOfPick = pick != kNoPick ? v.comm.positionRank[pick] : -1;
+  if (unit == 0) return receiveGrads(a, call, t, rankOfPick, masked, mayStall);
+  const unsigned long long planes = planesOf(a, rankOfPick, masked);
+  const Progress progress =
+    a.exact ? receiveSegment<T, true>(a, call, t, unit - 1, shape.nPackets, rankOfPick, planes, mayStall)
+            : receiveSegment<T, false>(a, call, t, unit - 1, shape.nPackets, rankOfPick, planes, mayStall);
+  if (masked != 0 && unit == 1 && progress == Progress::done) {
+    const unsigned lost = __ballot_sync(~0u, rankOfPick >= 0 && (masked >> rankOfPick & 1) != 0);
+    if ((threadIdx.x & 31) == 0 && lost != 0) {
+      atomicAdd(&v.shared->leftOut, static_cast<unsigned long long>(__popc(lost)));
+    }
+  }
+  return progress;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid_constant__ LatencyCombineArgs a) {
+  const LatencyView& v = a.view;
+  const Call call = currentCall(v);
+  const LatencyState* state = stateOf(v);
+  const Shape shape(a);
+  const unsigned buffer = static_cast<unsigned>(ticketsDone(&state->dispatches)) & 1;
+  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
+  int nRows = 0, nTokens = 0;
+  if (state->go != 0) {
+    for (int r = 0; r < v.comm.nRanks; r++) nRows += state->nTokens[r];
+    nTokens = state->nTokens[v.comm.rank];
+  }
+  const int nSend = 1 + nRows * shape.nUnits, nReceive = 1 + nTokens * shape.nUnits;
+  Shares shares(v, call, nSend);
+  int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
+  int item = Shares::first();
+  for (bool working = true; working;) {
+    if (share >= 0 && shares.claim(share)) {
+      for (int i = share; i < nSend; i += Shares::stride()) sendItem<T>(a, call, shape, masked, nRows, i);
+    }
+    if (!a.halves.receive) return;
+    share = -1;
+    working = false;
+    for (; item < nReceive; item += Shares::stride()) {
+      const Progress progress =
+        receiveItem<T>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
+      if (progress == Progress::failed) break;
+      if (progress == Progress::stalled) {
+        share = shares.unclaimed();
+        working = true;
+        break;
+      }
+    }
+  }
+  __syncthreads(); // all threads have read the counters
+  if (threadIdx.x == 0) addTicket(&stateOf(v)->calls);
+}
+
+} // namespace
+
+cudaError_t prepareLatencyCombine() {
+  cudaError_t result = cudaSuccess;
+  for (auto* kernel :
+       {latencyCombineKernel<__nv_bfloat16>, latencyCombineKernel<__half>, latencyCombineKernel<float>}) {
+    cudaFuncAttributes attributes;
+    if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  return result;
+}
+
+cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream) {
+  auto* kernel = args.type == ncclBfloat16  ? latencyCombineKernel<__nv_bfloat16>
+                 : args.type == ncclFloat16 ? latencyCombineKernel<__half>
+                                            : latencyCombineKernel<float>;
+  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, kThreads, maxSms), kThreads, 0, stream, args);
+}
+
+} // namespace moe

@@ -1,0 +1,154 @@
+#include "device/latency_routing.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/types.h"
+
+namespace moe {
+namespace {
+
+constexpr int kMaxRows = 65535; // a list of rows holds 16 bits each
+
+size_t maxScaleBytes(size_t maxRowBytes) {
+  return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), kMaxScaleBytes);
+}
+
+// The reason why not, or "".
+const char* obstacle(const CommConfig& config, int nRanks, int maxTokens, int topK) {
+  if (nRanks > kMaxDeviceRanks) return "more than 64 ranks";
+  if (config.nExperts > kMaxLatencyExperts) return "more than 4094 experts";
+  if (static_cast<long long>(nRanks) * maxTokens > kMaxRows) return "more than 65535 tokens of all ranks";
+  const int most = *std::max_element(config.nLocal.begin(), config.nLocal.end());
+  if (latencyShared(latencyLayout(config, nRanks, maxTokens, topK), config.nExperts, most) > kMaxLatencyShared) {
+    return "experts times tokens need more than 96 KiB of shared memory";
+  }
+  return "";
+}
+
+} // namespace
+
+LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens, int topK) {
+  return LatencyLayout(nRanks, maxTokens, topK, config.maxRowBytes, maxScaleBytes(config.maxRowBytes));
+}
+
+bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens, int topK) {
+  if (config.mode == ncclMoeModeThroughput) return false;
+  if (config.mode == ncclMoeModeAuto && maxTokens > kMaxLatencyTokens) return false;
+  return *obstacle(config, nRanks, maxTokens, topK) == 0;
+}
+
+ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens, int topK) {
+  if (config.mode != ncclMoeModeLatency) return ncclSuccess;
+  const char* why = obstacle(config, nRanks, maxTokens, topK);
+  if (*why == 0) return ncclSuccess;
+  return fail(ncclInvalidUsage, "ncclMoeRoutingCreate: ncclMoeModeLatency cannot serve %d tokens a rank: %s", maxTokens,
+              why);
+}
+
+LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
+                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, const uint32_t* homes,
+                               LatencyShared* shared)
+  : maxScaleBytes_(maxScaleBytes(config.maxRowBytes)) {
+  view_.comm = comm;
+  view_.layout = latencyLayout(config, comm.nRanks, routing.maxTokens, routing.topK);
+  for (int r = 0; r < comm.nRanks; r++) view_.peers[r] = window.bases()[r];
+  view_.homes = homes;
+  view_.nLocal = config.nLocal[comm.rank];
+  view_.kind = routing.layout;
+  view_.alignment = routing.expertAlignment;
+  view_.hostCounts = routing.hostCounts != 0;
+  view_.outcome = outcome;
+  view_.shared = shared;
+}
+
+ncclResult_t LatencyRouting::empty() {
+  char* own = view_.peers[view_.comm.rank];
+  const LatencyLayout& layout = view_.layout;
+  CUDACHECK(cudaMemset(own, 0, layout.records));
+  CUDACHECK(cudaMemset(own + layout.records, kEmptyByte, layout.map - layout.records));
+  CUDACHECK(cudaMemset(own + layout.map, 0, layout.bytes - layout.map));
+  CUDACHECK(cudaDeviceSynchronize());
+  return ncclSuccess;
+}
+
+ncclResult_t LatencyRouting::dispatch(const ncclMoeDispatchArgs_t& args, const ncclMoeRouting& routing, int maxSms,
+                                      cudaStream_t stream) {
+  LatencyDispatchArgs a{};
+  const bool cast = args.quant != ncclMoeQuantNone;
+  a.view = view_;
+  a.halves = {true, (args.flags & NCCL_MOE_SEND_ONLY) == 0};
+  a.x = static_cast<const char*>(args.x);
+  a.rowBytes = args.hidden * typeBytes(args.type);
+  a.wireBytes = cast ? args.hidden : a.rowBytes;
+  a.hidden = args.hidden;
+  a.quant = args.quant;
+  a.topkIdx = args.topkIdx;
+  a.idx64 = args.topkIdxType == ncclInt64;
+  a.keep = (args.flags & NCCL_MOE_KEEP_ROUTING) != 0;
+  a.topkWeights = args.topkWeights;
+  a.scales = static_cast<const char*>(args.scales);
+  a.scaleBytes = cast ? NCCL_MOE_QUANT_SCALE_BYTES(args.quant, args.hidden) : args.scaleBytes;
+  if (static_cast<size_t>(a.scaleBytes) > maxScaleBytes_) {
+    return fail(ncclInvalidUsage,
+                "ncclMoeDispatch: args.scaleBytes %d is more than the %zu that the communicator's maxRowBytes leaves "
+                "room for",
+                a.scaleBytes, maxScaleBytes_);
+  }
+  a.columnMajor = args.scaleLayout == ncclMoeScaleColumnMajor;
+  a.rows = routing.config.layout == ncclMoeLayoutExpertPadded
+             ? static_cast<long long>(view_.comm.nRanks) * routing.config.maxTokens
+             : args.recvCapacity;
+  a.recvX = static_cast<char*>(args.recvX);
+  a.recvScales = static_cast<char*>(args.recvScales);
+  a.recvTopkIdx = args.recvTopkIdx;
+  a.recvWeights = args.recvWeights;
+  a.recvCount = args.recvCount;
+  a.expertCounts = args.expertCounts;
+  a.expertOffsets = args.expertOffsets;
+  a.nTokens = args.nTokens;
+  a.nTokensDev = args.nTokensDev;
+  a.capacity = args.recvCapacity;
+  a.signature = static_cast<uint32_t>(a.wireBytes) * 2654435761u ^ static_cast<uint32_t>(a.scaleBytes) << 8 ^
+                static_cast<uint32_t>(args.quant) << 2 ^ (a.keep ? 2u : 0u);
+  dispatch_ = a;
+  maxSms_ = maxSms;
+  CUDACHECK(launchLatencyDispatch(a, maxSms, stream));
+  return ncclSuccess;
+}
+
+ncclResult_t LatencyRouting::combine(const ncclMoeCombineArgs_t& args, const ncclMoeRouting& routing, int maxSms,
+                                     cudaStream_t stream) {
+  LatencyCombineArgs a{};
+  a.view = view_;
+  a.halves = {true, (args.flags & NCCL_MOE_SEND_ONLY) == 0};
+  a.x = static_cast<const char*>(args.x);
+  a.rowBytes = args.hidden * typeBytes(args.type);
+  a.type = args.type;
+  a.exact = (args.flags & NCCL_MOE_EXACT) != 0;
+  a.weights = args.weights;
+  a.gradWeights = args.gradWeights;
+  a.withGrads = args.withGradWeights != 0;
+  a.out = static_cast<char*>(args.out);
+  a.gradTopkWeights = args.gradTopkWeights;
+  a.nTokens = routing.nTokens;
+  a.signature = static_cast<uint32_t>(a.rowBytes) * 2246822519u ^ static_cast<uint32_t>(args.type) << 4 ^
+                (a.exact ? 4u : 0u) ^ (a.withGrads ? 8u : 0u) ^ 1u;
+  combine_ = a;
+  maxSms_ = maxSms;
+  CUDACHECK(launchLatencyCombine(a, maxSms, stream));
+  return ncclSuccess;
+}
+
+ncclResult_t LatencyRouting::complete(const ncclMoeRouting& routing, cudaStream_t stream) {
+  if (routing.phase == ncclMoeRouting::Phase::dispatchSent) {
+    dispatch_.halves = {false, true};
+    CUDACHECK(launchLatencyDispatch(dispatch_, maxSms_, stream));
+  } else {
+    combine_.halves = {false, true};
+    CUDACHECK(launchLatencyCombine(combine_, maxSms_, stream));
+  }
+  return ncclSuccess;
+}
+
+} // namespace moe

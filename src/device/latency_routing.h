@@ -1,0 +1,40 @@
+// A routing that latency mode serves: its window, and its calls.
+#pragma once
+
+#include "comm/comm.h"
+#include "device/latency.h"
+#include "device/window.h"
+
+namespace moe {
+
+// Whether latency mode serves a routing of so many tokens, as config.mode says.
+bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens, int topK);
+// An error where config.mode asks for latency mode but it cannot serve such a routing.
+ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens, int topK);
+
+LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens, int topK);
+
+class LatencyRouting {
+ public:
+  LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
+                 const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, const uint32_t* homes,
+                 LatencyShared* shared);
+  // Makes all records empty.  No peer may write meanwhile.
+  ncclResult_t empty();
+
+  ncclResult_t dispatch(const ncclMoeDispatchArgs_t& args, const ncclMoeRouting& routing, int maxSms,
+                        cudaStream_t stream);
+  ncclResult_t combine(const ncclMoeCombineArgs_t& args, const ncclMoeRouting& routing, int maxSms,
+                       cudaStream_t stream);
+  // The second half of the call that routing.phase names.
+  ncclResult_t complete(const ncclMoeRouting& routing, cudaStream_t stream);
+
+ private:
+  LatencyView view_{};
+  size_t maxScaleBytes_;
+  LatencyDispatchArgs dispatch_{}; // of the last call, for its second half
+  LatencyCombineArgs combine_{};
+  int maxSms_ = 0;
+};
+
+} // namespace moe
