@@ -25,7 +25,7 @@ namespace {
 // The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
 constexpr int kCopySms = 24;    // RANK_MAJOR dispatch without the cast: a plain copy
 constexpr int kDefaultSms = 64; // all else: local copies, the cast or sums beside the wire
-constexpr int kLatencySms = 32; // latency mode
+constexpr int kLatencySms = INT32_MAX; // latency mode: all
 
 class NvtxRange {
  public:

@@ -187,6 +187,13 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // ------------------------------------------------------------------------------------------------------ sending ----
 
+// A claim under way: what a warp may read meanwhile need not wait for the answer.
+struct Claim {
+  unsigned long long mark, before;
+  // The same answer in all lanes.
+  __device__ __forceinline__ bool mine() const { return __shfl_sync(~0u, before, 0) != mark; }
+};
+
 struct Shares {
   unsigned long long* claims;
   unsigned long long mark; // of this call
@@ -201,11 +208,10 @@ struct Shares {
   static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
   static __device__ __forceinline__ int stride() { return gridDim.x * (blockDim.x / 32); }
 
-  // The same answer in all lanes.
-  __device__ __forceinline__ bool claim(int share) const {
-    unsigned long long before = 0;
-    if ((threadIdx.x & 31) == 0) before = atomicExch(&claims[share], mark);
-    return __shfl_sync(~0u, before, 0) != mark;
+  __device__ __forceinline__ Claim claim(int share) const {
+    Claim claim{mark, 0};
+    if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims[share], mark);
+    return claim;
   }
   // One that nobody had claimed a moment ago, or -1.
   __device__ __forceinline__ int unclaimed() {
@@ -257,12 +263,12 @@ __device__ __forceinline__ bool isLiteral(const LatencyView& v, const Call& call
          call.tag;
 }
 
-// Blocks that give every warp at most one item to send and one to receive, were all ranks like this one.
+// Blocks that give every warp at most one item to send and one to receive, were all ranks like this one; and one more.
 inline int latencyBlocks(const LatencyView& v, int nTokens, int rowBytes, int nThreads, int maxSms) {
   const int units = 1 + (rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
   const long long items = static_cast<long long>(units) * std::min(v.comm.nRanks, v.layout.topK) * nTokens;
   const long long blocks = (items + nThreads / 32 - 1) / (nThreads / 32);
-  return static_cast<int>(std::max(1ll, std::min<long long>(blocks, std::min(maxSms, kMaxLatencyBlocks))));
+  return static_cast<int>(std::max(1ll, std::min<long long>(blocks + 1, std::min(maxSms, kMaxLatencyBlocks))));
 }
 
 } // namespace moe

@@ -12,7 +12,7 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 448; // what leaves 144 registers each
 template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : 4;
 constexpr int kRowsAtATime = 4;
 
@@ -149,22 +149,26 @@ __device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Cal
 // Item 1 + n: row n % nRows, its unit n / nRows.
 template <class T>
 __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
-                                         unsigned long long masked, int nRows, int item) {
+                                         unsigned long long masked, const int (&nTokens)[2], int nRows, int item,
+                                         const Claim& claim) {
   const LatencyView& v = a.view;
-  const LatencyState* state = stateOf(v);
   const int lane = threadIdx.x & 31, k = v.layout.topK;
   if (item == 0) {
-    sendHeaders(v, call, masked, 0, a.signature, 0);
+    if (claim.mine()) sendHeaders(v, call, masked, 0, a.signature, 0);
     return;
   }
   int t = (item - 1) % nRows, owner = 0;
   const int unit = shape.firstUnit + (item - 1) / nRows;
-  while (t >= state->nTokens[owner]) t -= state->nTokens[owner++];
+  for (;; owner++) {
+    const int n = __shfl_sync(~0u, owner < 32 ? nTokens[0] : nTokens[1], owner & 31);
+    if (t < n) break;
+    t -= n;
+  }
   if ((masked >> owner & 1) != 0) return;
   const size_t at = (static_cast<size_t>(owner) * v.layout.maxTokens + t) * k + lane;
   const int entry = lane < k ? reinterpret_cast<const int*>(own(v) + v.layout.map)[at] : -1;
   const unsigned here = __ballot_sync(~0u, entry >= 0);
-  if (here == 0) return;
+  if (here == 0 || !claim.mine()) return;
   if (unit == 0) {
     sendGrads(a, call, owner, t, entry);
     return;
@@ -346,21 +350,24 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   const Shape shape(a);
   const unsigned buffer = static_cast<unsigned>(ticketsDone(&state->dispatches)) & 1;
   const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
-  int nRows = 0, nTokens = 0;
-  if (state->go != 0) {
-    for (int r = 0; r < v.comm.nRanks; r++) nRows += state->nTokens[r];
-    nTokens = state->nTokens[v.comm.rank];
-  }
+  // Lane r: tokens of ranks r and r + 32.
+  const int lane = threadIdx.x & 31;
+  const bool go = state->go != 0;
+  const int tokens[2] = {go && lane < v.comm.nRanks ? state->nTokens[lane] : 0,
+                         go && lane + 32 < v.comm.nRanks ? state->nTokens[lane + 32] : 0};
+  const int nRows = __reduce_add_sync(~0u, tokens[0] + tokens[1]);
+  const int nTokens = __shfl_sync(~0u, v.comm.rank < 32 ? tokens[0] : tokens[1], v.comm.rank & 31);
   const int nSend = 1 + nRows * shape.nUnits, nReceive = 1 + nTokens * shape.nUnits;
   Shares shares(v, call, nSend);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
   int item = Shares::first();
   for (bool working = true; working;) {
-    if (share >= 0 && shares.claim(share)) {
-      for (int i = share; i < nSend; i += Shares::stride()) sendItem<T>(a, call, shape, masked, nRows, i);
+    if (share >= 0) {
+      const Claim claim = shares.claim(share);
+      for (int i = share; i < nSend; i += Shares::stride()) sendItem<T>(a, call, shape, masked, tokens, nRows, i, claim);
+      share = -1;
     }
     if (!a.halves.receive) return;
-    share = -1;
     working = false;
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =

@@ -5,7 +5,8 @@
 // fixed places, by source rank and token.
 // Receive.  Each block reads the picks of all tokens as they come and marks them in bitmaps: one for each local expert, and one
 // of the tokens that have any here.  From those follows the place of every row, in the order (source, token), by counting bits.
-// Then warps take (row, unit) items, wait for the packets and store them where the caller wants them.
+// Then warps take (token, unit) items, wait for the packets and store them where the caller wants them.  The last block, where
+// there are several, tells the caller the counts instead.
 // See latency.cuh for packets, waits and who sends.
 #include "device/cast.cuh"
 #include "device/latency.cuh"
@@ -18,8 +19,7 @@ static_assert(kThreads / 32 <= kMaxLatencyWarps, "claims");
 
 // What a block knows of the arriving rows, in shared memory.
 struct Lists {
-  uint32_t* bits;     // [nLocal + 1][words]: tokens of each local expert, then of any
-  int* before;        // [words]: rows before the word's
+  uint32_t* bits;     // [nLocal + 1][words]: tokens (source * maxTokens + t) of each local expert, then of any
   int* totals;        // [nLocal] rows of each expert
   int* offsets;       // [nLocal + 1] first row of each group
   int* nTokens;       // [R]
@@ -27,23 +27,34 @@ struct Lists {
   uint32_t* capacity; // [R]
   int* needed;        // [R] rows that it receives; known only where a buffer might be too small
   int* counts;        // [nExperts + R] likewise
-  uint16_t* rows;     // [R * maxTokens] source * maxTokens + token of each row, in order
   int words;
 
   __device__ __forceinline__ Lists(const LatencyView& v, uint32_t* at) : words(v.layout.words()) {
     const int r = v.comm.nRanks;
     bits = at, at += (v.nLocal + 1) * words;
-    before = reinterpret_cast<int*>(at), at += words;
     totals = reinterpret_cast<int*>(at), at += v.nLocal;
     offsets = reinterpret_cast<int*>(at), at += v.nLocal + 1;
     nTokens = reinterpret_cast<int*>(at), at += r;
     weighted = reinterpret_cast<int*>(at), at += r;
     capacity = at, at += r;
     needed = reinterpret_cast<int*>(at), at += r;
-    counts = reinterpret_cast<int*>(at), at += v.comm.nExperts + r;
-    rows = reinterpret_cast<uint16_t*>(at);
+    counts = reinterpret_cast<int*>(at);
   }
   __device__ __forceinline__ uint32_t* any(const LatencyView& v) const { return bits + v.nLocal * words; }
+  // How many tokens before this one have plane l's bit; by a whole warp.
+  __device__ __forceinline__ int before(int l, int token) const {
+    int n = 0;
+    for (int w = threadIdx.x & 31; w <= token / 32; w += 32) {
+      const uint32_t word = bits[l * words + w];
+      n += __popc(w == token / 32 ? word & ((1u << (token % 32)) - 1) : word);
+    }
+    return __reduce_add_sync(~0u, n);
+  }
+  __device__ __forceinline__ int all(int l) const {
+    int n = 0;
+    for (int w = threadIdx.x & 31; w < words; w += 32) n += __popc(bits[l * words + w]);
+    return __reduce_add_sync(~0u, n);
+  }
 };
 
 constexpr uint32_t kWeightedBit = 1u << 31;
@@ -145,15 +156,17 @@ template <class Store> __device__ __forceinline__ void forEachRank(unsigned lead
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) store(__shfl_sync(~0u, home.rank, __ffs(rest) - 1));
 }
 
+// False: the share is another's.
 template <bool kCast>
-__device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                         unsigned buffer, int nTokens, int item) {
+__device__ __forceinline__ bool sendItem(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
+                                         unsigned buffer, int nTokens, int item, const Claim& claim) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   if (item == 0) {
+    if (!claim.mine()) return false;
     const uint32_t x = static_cast<uint32_t>(nTokens) | (a.topkWeights != nullptr ? kWeightedBit : 0u);
     sendHeaders(v, call, masked, x, a.signature, static_cast<uint32_t>(min(a.capacity, 0xffffffffll)));
-    return;
+    return true;
   }
   const int unit = (item - 1) / nTokens, t = (item - 1) % nTokens;
   const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, t)); };
@@ -163,6 +176,7 @@ __device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Cal
     const int k = v.layout.topK;
     const Home home = homeOf(a, call, buffer, t, true);
     const unsigned leaders = leadersOf(home, masked);
+    if (!claim.mine()) return false;
     if (!a.keep) sendPicks(a, call, masked, buffer, t, home);
     const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
     const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);
@@ -180,7 +194,7 @@ __device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Cal
       });
     }
     if (__any_sync(~0u, looksEmpty)) forEachRank(leaders, home, literal);
-    return;
+    return true;
   }
   const int segment = unit - 1, nPackets = a.wireBytes / kPacketBytes;
   const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
@@ -204,6 +218,7 @@ __device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Cal
                                     __shfl_sync(~0u, bits, 24));
       if (lane == i) extras = four;
     }
+    if (!claim.mine()) return false;
     const bool hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
     forEachRank(leaders, home, [&](int r) {
       if (at[0] < nPackets) storePacket(record(r) + at[0], packet[0]);
@@ -219,6 +234,7 @@ __device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Cal
     }
     const Home home = homeOf(a, call, buffer, t, false);
     const unsigned leaders = leadersOf(home, masked);
+    if (!claim.mine()) return false;
     forEachRank(leaders, home, [&](int r) {
       if (at[0] < nPackets) storePacket(record(r) + at[0], packet[0]);
       if (at[1] < nPackets) storePacket(record(r) + at[1], packet[1]);
@@ -226,6 +242,7 @@ __device__ __forceinline__ void sendItem(const LatencyDispatchArgs& a, const Cal
     looksEmpty = isEmpty(packet[0]) || isEmpty(packet[1]);
     if (__any_sync(~0u, looksEmpty)) forEachRank(leaders, home, literal);
   }
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------------- receive ------
@@ -251,7 +268,7 @@ __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const C
   const LatencyView& v = a.view;
   const LatencyState* state = stateOf(v);
   const int nRanks = v.comm.nRanks, perToken = v.layout.pickPackets, perRank = v.layout.maxTokens * perToken;
-  const int first = v.comm.rankStart[v.comm.rank];
+  const int first = v.firstPosition;
   if (threadIdx.x < nRanks) {
     const int r = threadIdx.x;
     uint4 header{};
@@ -340,49 +357,14 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   return __syncthreads_and(enough) != 0;
 }
 
-// From the bitmaps: the list of rows and where the experts' groups start.  By a whole block; ends in a barrier.
-__device__ __forceinline__ int list(const LatencyDispatchArgs& a, const Lists& lists) {
-  __shared__ int nRows;
-  const LatencyView& v = a.view;
+// Rows of every expert and, from them, where the groups start.  By a whole block; ends in a barrier.
+__device__ __forceinline__ void measure(const LatencyView& v, const Lists& lists) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const uint32_t* any = lists.any(v);
-  if (warp == 0) {
-    int sum = 0;
-    for (int w0 = 0; w0 < lists.words; w0 += 32) {
-      const int n = w0 + lane < lists.words ? __popc(any[w0 + lane]) : 0;
-      int upTo = n;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, upTo, d);
-        if (lane >= d) upTo += other;
-      }
-      if (w0 + lane < lists.words) lists.before[w0 + lane] = sum + upTo - n;
-      sum += __shfl_sync(~0u, upTo, 31);
-    }
-    if (lane == 0) nRows = sum;
-  }
-  // Only the experts' groups need totals before rows move; their caller is told by block 0.
-  if (v.kind == ncclMoeLayoutExpertMajor || blockIdx.x == 0) {
-    for (int l = warp; l < v.nLocal; l += kThreads / 32) {
-      int n = 0;
-      for (int w = lane; w < lists.words; w += 32) n += __popc(lists.bits[l * lists.words + w]);
-      n = __reduce_add_sync(~0u, n);
-      if (lane == 0) lists.totals[l] = n;
-    }
+  for (int l = warp; l < v.nLocal; l += kThreads / 32) {
+    const int n = lists.all(l);
+    if (lane == 0) lists.totals[l] = n;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < lists.words * 32; i += kThreads) {
-    const uint32_t bits = any[i / 32];
-    if ((bits >> (i % 32) & 1) != 0) {
-      lists.rows[lists.before[i / 32] + __popc(bits & ((1u << (i % 32)) - 1))] = static_cast<uint16_t>(i);
-    }
-  }
-  // Tokens without a row here are none of combine's.
-  const int nEntries = v.comm.nRanks * v.layout.maxTokens * v.layout.topK;
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < nEntries; i += gridDim.x * kThreads) {
-    const int row = i / v.layout.topK;
-    if ((any[row / 32] >> (row % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
-  }
   if (v.kind == ncclMoeLayoutExpertMajor && warp == 0) {
     int start = 0;
     for (int l0 = 0; l0 < v.nLocal; l0 += 32) {
@@ -399,20 +381,30 @@ __device__ __forceinline__ int list(const LatencyDispatchArgs& a, const Lists& l
     if (lane == 0) lists.offsets[v.nLocal] = start;
   }
   __syncthreads();
-  return nRows;
 }
 
-// Tells the caller the counts, and later calls of the routing what they need.  By block 0.
-__device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call& call, const Lists& lists, int nRows,
-                                        bool go) {
+// Tells the caller the counts, and later calls of the routing what they need.  By one block.
+__device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call& call, const Lists& lists, bool go) {
+  __shared__ int nRows;
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
+  if (v.kind != ncclMoeLayoutExpertMajor) measure(v, lists);
+  if (threadIdx.x < 32) {
+    int n = 0;
+    if (v.kind == ncclMoeLayoutRankMajor) {
+      n = lists.all(v.nLocal);
+    } else if (v.kind == ncclMoeLayoutExpertMajor) {
+      n = lists.offsets[v.nLocal];
+    } else {
+      for (int l = threadIdx.x; l < v.nLocal; l += 32) n += lists.totals[l];
+      n = __reduce_add_sync(~0u, n);
+    }
+    if (threadIdx.x == 0) nRows = n;
+  }
   unsigned long long* expertTokens = reinterpret_cast<unsigned long long*>(v.shared + 1);
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
-  int sum = 0;
   for (int l = threadIdx.x; l < v.nLocal; l += kThreads) {
     const int n = lists.totals[l];
-    sum += n;
     if (a.expertCounts != nullptr) a.expertCounts[l] = n;
     if (v.hostCounts) hostCounts[l] = n;
     if (n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
@@ -421,19 +413,12 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     for (int l = threadIdx.x; l <= v.nLocal; l += kThreads) a.expertOffsets[l] = lists.offsets[l];
   }
   if (threadIdx.x < v.comm.nRanks) state->nTokens[threadIdx.x] = lists.nTokens[threadIdx.x];
-  __shared__ int rows;
-  if (threadIdx.x == 0) rows = 0;
-  __syncthreads();
-  if (v.kind == ncclMoeLayoutExpertPadded && sum > 0) atomicAdd(&rows, sum);
   __syncthreads();
   if (threadIdx.x != 0) return;
-  const int n = v.kind == ncclMoeLayoutRankMajor     ? nRows
-                : v.kind == ncclMoeLayoutExpertMajor ? lists.offsets[v.nLocal]
-                                                     : rows;
-  if (a.recvCount != nullptr) *a.recvCount = n;
+  if (a.recvCount != nullptr) *a.recvCount = nRows;
   state->go = go ? 1 : 0;
   volatile RoutingOutcome* o = v.outcome;
-  if (v.hostCounts || !go) o->nRows = n;
+  if (v.hostCounts || !go) o->nRows = nRows;
   const bool bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
   if (go && !bad && state->reported != 0) o->code = kOutcomeOk;
   state->reported = go && !bad ? 0 : 1;
@@ -475,37 +460,33 @@ __device__ __forceinline__ void storeScales(const LatencyDispatchArgs& a, long l
   }
 }
 
-// An arrived row as a warp sees it: lane k < K holds selection k.
+// A token of any rank as a warp of this rank sees it: lane k < K holds selection k.
 struct Arrival {
-  int row;       // in the list
   int source, t;
   int local;     // local expert, -1: the selection is not here
   int slot;      // its row in the caller's tensors
-  unsigned here; // selections to store a row for
+  unsigned here; // selections to store a row for; 0: the token has no row here
 };
 
-__device__ __forceinline__ Arrival arrivalOf(const LatencyDispatchArgs& a, const Lists& lists, unsigned buffer, int row) {
-  const LatencyView& v = a.view;
+__device__ __forceinline__ Arrival arrivalOf(const LatencyView& v, const Lists& lists, unsigned buffer, int t) {
   const int lane = threadIdx.x & 31;
-  const int bit = lists.rows[row];
-  Arrival arrival{row, bit / v.layout.maxTokens, bit % v.layout.maxTokens, -1, row, 0};
-  const int pick = loadPick(v, buffer, arrival.source, arrival.t);
-  const int local = pick - v.comm.rankStart[v.comm.rank];
+  int source = 0;
+  while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
+  const int token = source * v.layout.maxTokens + t;
+  Arrival arrival{source, t, -1, 0, 0};
+  if ((lists.any(v)[token / 32] >> (token % 32) & 1) == 0) return arrival;
+  const int local = loadPick(v, buffer, source, t) - v.firstPosition;
   if (local >= 0 && local < v.nLocal) arrival.local = local;
   const unsigned all = __ballot_sync(~0u, arrival.local >= 0);
   if (v.kind == ncclMoeLayoutRankMajor) {
+    arrival.slot = lists.before(v.nLocal, token);
     arrival.here = all & -all;
     return arrival;
   }
   for (unsigned rest = all; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
     const int l = __shfl_sync(~0u, arrival.local, k);
-    int n = 0;
-    for (int w = lane; w <= bit / 32; w += 32) {
-      const uint32_t bits = lists.bits[l * lists.words + w];
-      n += __popc(w == bit / 32 ? bits & ((1u << (bit % 32)) - 1) : bits);
-    }
-    n = __reduce_add_sync(~0u, n);
+    const int n = lists.before(l, token);
     if (lane == k) {
       arrival.slot =
         n + (v.kind == ncclMoeLayoutExpertPadded ? l * v.comm.nRanks * v.layout.maxTokens : lists.offsets[l]);
@@ -558,7 +539,7 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
     reinterpret_cast<int*>(own(v) + v.layout.map)[at] = here ? arrival.slot : -1;
   }
   if (go && v.kind == ncclMoeLayoutRankMajor) {
-    const long long at = static_cast<long long>(arrival.row) * k + lane;
+    const long long at = static_cast<long long>(arrival.slot) * k + lane;
     if (a.recvTopkIdx != nullptr && lane < k) a.recvTopkIdx[at] = arrival.local;
     if (a.recvWeights != nullptr && lane < k) a.recvWeights[at] = here ? weight : 0.0f;
   } else if (go && a.recvWeights != nullptr && here) {
@@ -625,6 +606,16 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a,
   return Progress::done;
 }
 
+// Tokens without a row here are none of combine's.
+__device__ __forceinline__ void forget(const LatencyView& v, const Lists& lists) {
+  const uint32_t* any = lists.any(v);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK;
+       i += gridDim.x * kThreads) {
+    const int token = i / v.layout.topK;
+    if ((any[token / 32] >> (token % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
+  }
+}
+
 template <bool kCast>
 __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __grid_constant__ LatencyDispatchArgs a) {
   extern __shared__ uint32_t dynamicShared[];
@@ -648,32 +639,44 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
   const int nItems = 1 + nTokens * nUnits;
   Shares shares(v, call, nItems);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
-  int item = Shares::first(); // to receive
-  int nRows = -1;
+  const int nReceivers = max(1, static_cast<int>(gridDim.x) - 1);
+  const bool publisher = blockIdx.x == gridDim.x - 1;
+  int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
+  int nArrivals = -1;                                    // tokens of all ranks, once they are known
   bool go = false;
-  __syncthreads();
   for (bool working = true; working;) {
-    if (share >= 0 && shares.claim(share)) {
-      for (int i = share; i < nItems; i += Shares::stride()) sendItem<kCast>(a, call, masked, buffer, nTokens, i);
+    if (share >= 0) {
+      const Claim claim = shares.claim(share);
+      for (int i = share; i < nItems; i += Shares::stride()) {
+        if (!sendItem<kCast>(a, call, masked, buffer, nTokens, i, claim)) break;
+      }
+      share = -1;
     }
-    share = -1;
     if (!a.halves.receive) break;
     const bool mayStall = a.halves.send && !shares.allTaken;
-    if (nRows < 0) { // the same in the whole block
+    if (nArrivals < 0) { // the same in the whole block
+      __syncthreads();   // the bitmaps are clear
       const Progress progress = gather(a, call, masked, buffer, lists, mayStall);
-      if (__syncthreads_or(progress == Progress::failed) != 0) break;
-      if (__syncthreads_or(progress == Progress::stalled) != 0) {
+      if (__syncthreads_or(progress != Progress::done) != 0) {
+        if (__syncthreads_or(progress == Progress::failed) != 0) break;
         share = shares.unclaimed();
         continue;
       }
       go = fits(a, buffer, lists);
-      nRows = list(a, lists);
-      if (blockIdx.x == 0) publish(a, call, lists, nRows, go);
+      if (v.kind == ncclMoeLayoutExpertMajor) measure(v, lists);
+      nArrivals = 0;
+      for (int r = 0; r < v.comm.nRanks; r++) nArrivals += lists.nTokens[r];
+      forget(v, lists);
+      if (publisher) {
+        publish(a, call, lists, go);
+        if (gridDim.x > 1) break;
+      }
     }
     working = false;
-    for (; item < nRows * nUnits; item += Shares::stride()) {
-      const Arrival arrival = arrivalOf(a, lists, buffer, item % nRows);
-      const int unit = item / nRows;
+    for (; item < nArrivals * nUnits; item += nReceivers * (kThreads / 32)) {
+      const Arrival arrival = arrivalOf(v, lists, buffer, item % nArrivals);
+      if (arrival.here == 0) continue;
+      const int unit = item / nArrivals;
       const Progress progress = unit == 0
                                   ? receiveAux(a, call, lists, arrival, go, mayStall)
                                   : receiveSegment<kCast>(a, call, arrival, unit - 1, go, mayStall);
@@ -697,9 +700,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
 
 size_t latencyShared(const LatencyLayout& layout, int nExperts, int nLocal) {
   const size_t words = static_cast<size_t>(layout.words()), r = static_cast<size_t>(layout.nRanks);
-  const size_t ints = (static_cast<size_t>(nLocal) + 2) * words + 2 * static_cast<size_t>(nLocal) + 1 + 4 * r +
-                      static_cast<size_t>(nExperts) + r;
-  return 4 * ints + 2 * 32 * words;
+  return sizeof(int) * ((static_cast<size_t>(nLocal) + 1) * words + 2 * static_cast<size_t>(nLocal) + 1 + 5 * r +
+                        static_cast<size_t>(nExperts));
 }
 
 cudaError_t prepareLatencyDispatch() {

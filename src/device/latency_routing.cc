@@ -8,8 +8,6 @@
 namespace moe {
 namespace {
 
-constexpr int kMaxRows = 65535; // a list of rows holds 16 bits each
-
 size_t maxScaleBytes(size_t maxRowBytes) {
   return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), kMaxScaleBytes);
 }
@@ -18,7 +16,6 @@ size_t maxScaleBytes(size_t maxRowBytes) {
 const char* obstacle(const CommConfig& config, int nRanks, int maxTokens, int topK) {
   if (nRanks > kMaxDeviceRanks) return "more than 64 ranks";
   if (config.nExperts > kMaxLatencyExperts) return "more than 4094 experts";
-  if (static_cast<long long>(nRanks) * maxTokens > kMaxRows) return "more than 65535 tokens of all ranks";
   const int most = *std::max_element(config.nLocal.begin(), config.nLocal.end());
   if (latencyShared(latencyLayout(config, nRanks, maxTokens, topK), config.nExperts, most) > kMaxLatencyShared) {
     return "experts times tokens need more than 96 KiB of shared memory";
@@ -55,6 +52,7 @@ LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, c
   for (int r = 0; r < comm.nRanks; r++) view_.peers[r] = window.bases()[r];
   view_.homes = homes;
   view_.nLocal = config.nLocal[comm.rank];
+  for (int r = 0; r < comm.rank; r++) view_.firstPosition += config.nLocal[r];
   view_.kind = routing.layout;
   view_.alignment = routing.expertAlignment;
   view_.hostCounts = routing.hostCounts != 0;
