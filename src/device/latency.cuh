@@ -45,12 +45,13 @@ __device__ __forceinline__ LatencyState* stateOf(const LatencyView& v) {
 }
 __device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.comm.rank]; }
 
-__device__ __forceinline__ unsigned long long ticketsDone(const unsigned long long* tickets) {
-  return *reinterpret_cast<const volatile unsigned long long*>(tickets) >> kTicketBits;
+// The count as it stands: nothing waits for it before it is used.
+__device__ __forceinline__ unsigned long long loadTickets(const unsigned long long* tickets) {
+  return *reinterpret_cast<const volatile unsigned long long*>(tickets);
 }
-__device__ __forceinline__ Call currentCall(const LatencyView& v) {
+__device__ __forceinline__ Call callOf(unsigned long long tickets) {
   Call call;
-  call.number = ticketsDone(&stateOf(v)->calls);
+  call.number = tickets >> kTicketBits;
   call.tag = static_cast<uint32_t>(call.number % 0xffffffffull) + 1;
   call.parity = static_cast<unsigned>(call.number & 1);
   return call;
@@ -145,10 +146,11 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
 }
 
 // By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data whatever it is.
-// peerOf(i): whom it comes from.
-template <int N, class Peer, class Literal>
+// peerOf(i): whom it comes from.  meanwhile() runs once, while the first loads are on their way.
+template <int N, class Peer, class Literal, class Meanwhile>
 __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
-                                         const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {
+                                         const uint4* const (&from)[N], uint4 (&got)[N], Literal literal,
+                                         Meanwhile meanwhile) {
   unsigned missing = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) missing |= from[i] != nullptr ? 1u << i : 0u;
@@ -158,6 +160,7 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
     for (int i = 0; i < N; i++) {
       if ((missing >> i & 1) != 0) got[i] = loadPacket(from[i]);
     }
+    if (polls == 1) meanwhile();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       if ((missing >> i & 1) != 0 && !isEmpty(got[i])) missing &= ~(1u << i);
@@ -200,9 +203,9 @@ struct Shares {
   int count;               // shares that have items
   bool allTaken;
 
-  __device__ __forceinline__ Shares(const LatencyView& v, const Call& call, int nItems)
+  __device__ __forceinline__ Shares(const LatencyView& v, const Call& call, int nItems, bool taken)
     : claims(reinterpret_cast<unsigned long long*>(own(v) + v.layout.claims)), mark(call.number + 1),
-      count(min(nItems, static_cast<int>(gridDim.x * (blockDim.x / 32)))), allTaken(false) {}
+      count(min(nItems, stride())), allTaken(taken) {}
 
   // Neighbouring shares go to different SMs.
   static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }

@@ -12,7 +12,7 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 448; // what leaves 144 registers each
+constexpr int kThreads = 512;
 template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : 4;
 constexpr int kRowsAtATime = 4;
 
@@ -253,7 +253,8 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
 #pragma unroll
         for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
         return isLiteral(v, call, p, t, 1 + segment);
-      });
+      },
+      [] {});
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int j = 0; j < kPlanes; j++) {
@@ -303,7 +304,7 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
     uint4 got[1] = {};
     const Progress progress = take(
       v.comm, kPhaseLatencyCombineRow, [&](int) { return r; }, call.tag, mayStall, from, got,
-      [&](int) { return isLiteral(v, call, r, t, 0); });
+      [&](int) { return isLiteral(v, call, r, t, 0); }, [] {});
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -345,11 +346,10 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid_constant__ LatencyCombineArgs a) {
   const LatencyView& v = a.view;
-  const Call call = currentCall(v);
   const LatencyState* state = stateOf(v);
-  const Shape shape(a);
-  const unsigned buffer = static_cast<unsigned>(ticketsDone(&state->dispatches)) & 1;
+  const unsigned long long tickets = loadTickets(&state->calls), dispatches = loadTickets(&state->dispatches);
   const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
+  const Shape shape(a);
   // Lane r: tokens of ranks r and r + 32.
   const int lane = threadIdx.x & 31;
   const bool go = state->go != 0;
@@ -357,8 +357,10 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
                          go && lane + 32 < v.comm.nRanks ? state->nTokens[lane + 32] : 0};
   const int nRows = __reduce_add_sync(~0u, tokens[0] + tokens[1]);
   const int nTokens = __shfl_sync(~0u, v.comm.rank < 32 ? tokens[0] : tokens[1], v.comm.rank & 31);
+  const Call call = callOf(tickets);
+  const unsigned buffer = static_cast<unsigned>(dispatches >> kTicketBits) & 1;
   const int nSend = 1 + nRows * shape.nUnits, nReceive = 1 + nTokens * shape.nUnits;
-  Shares shares(v, call, nSend);
+  Shares shares(v, call, nSend, false);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
   int item = Shares::first();
   for (bool working = true; working;) {

@@ -14,7 +14,7 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 704; // what leaves 88 registers each
+constexpr int kThreads = 512; // what leaves the registers that each needs
 static_assert(kThreads / 32 <= kMaxLatencyWarps, "claims");
 
 // What a block knows of the arriving rows, in shared memory.
@@ -73,11 +73,49 @@ __device__ void reportIndex(const LatencyDispatchArgs& a, const Call& call, int 
   __threadfence(); // before the token's picks are sent
 }
 
-// Lane k: position and rank of token t's selection k, -1 for none.
+// What a warp is about to send, its loads under way.
+template <bool kCast> struct Outgoing {
+  int item, unit, t;
+  long long expert;         // lane k: selection k; -1: none
+  uint4 raw[kCast ? 4 : 2]; // of a segment
+};
+
+template <bool kCast>
+__device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, int nTokens, int item) {
+  const int lane = threadIdx.x & 31, k = a.view.layout.topK;
+  Outgoing<kCast> out{};
+  out.item = item;
+  out.expert = -1;
+  if (item == 0) return out;
+  out.unit = (item - 1) / nTokens;
+  out.t = (item - 1) % nTokens;
+  if (!a.keep && lane < k) {
+    const size_t at = static_cast<size_t>(out.t) * k + lane;
+    out.expert = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
+  }
+  if (out.unit == 0) return out;
+  const int nPackets = a.wireBytes / kPacketBytes, first = (out.unit - 1) * kSegmentPackets + lane;
+  const uint4* row = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(out.t) * a.rowBytes);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int at = first + 32 * i;
+    if (at >= nPackets) continue;
+    if constexpr (kCast) {
+      out.raw[2 * i] = loadOnce(row + 2 * at);
+      out.raw[2 * i + 1] = loadOnce(row + 2 * at + 1);
+    } else {
+      out.raw[i] = loadOnce(row + at);
+    }
+  }
+  return out;
+}
+
+// Lane k: position and rank of selection k, -1 for none.
 struct Home {
   int position, rank;
 };
-__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call& call, unsigned buffer, int t, bool report) {
+__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call& call, unsigned buffer, int t,
+                                       long long expert, bool report) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   Home home{-1, -1};
@@ -85,11 +123,6 @@ __device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call&
     const int pick = loadPick(v, buffer, v.comm.rank, t);
     if (pick != kNoPick) home = Home{pick, v.comm.positionRank[pick]};
     return home;
-  }
-  long long expert = -1;
-  if (lane < v.layout.topK) {
-    const size_t at = static_cast<size_t>(t) * v.layout.topK + lane;
-    expert = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
   }
   const bool bad = expert < -1 || expert >= v.comm.nExperts;
   if (!bad && expert >= 0) {
@@ -158,33 +191,31 @@ template <class Store> __device__ __forceinline__ void forEachRank(unsigned lead
 
 // False: the share is another's.
 template <bool kCast>
-__device__ __forceinline__ bool sendItem(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                         unsigned buffer, int nTokens, int item, const Claim& claim) {
+__device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
+                                     unsigned buffer, int nTokens, const Outgoing<kCast>& out, const Claim& claim) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
-  if (item == 0) {
+  if (out.item == 0) {
     if (!claim.mine()) return false;
     const uint32_t x = static_cast<uint32_t>(nTokens) | (a.topkWeights != nullptr ? kWeightedBit : 0u);
     sendHeaders(v, call, masked, x, a.signature, static_cast<uint32_t>(min(a.capacity, 0xffffffffll)));
     return true;
   }
-  const int unit = (item - 1) / nTokens, t = (item - 1) % nTokens;
-  const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, t)); };
-  const auto literal = [&](int r) { sendLiteral(v, call, r, v.comm.rank, t, unit); };
+  const Home home = homeOf(a, call, buffer, out.t, out.expert, out.unit == 0);
+  const unsigned leaders = leadersOf(home, masked);
+  if (!claim.mine()) return false;
+  const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
   bool looksEmpty = false;
-  if (unit == 0) {
+  if (out.unit == 0) {
     const int k = v.layout.topK;
-    const Home home = homeOf(a, call, buffer, t, true);
-    const unsigned leaders = leadersOf(home, masked);
-    if (!claim.mine()) return false;
-    if (!a.keep) sendPicks(a, call, masked, buffer, t, home);
+    if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
     const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
     const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);
     for (int first = 0; first < nPackets; first += 32) {
       const int p = first + lane;
       const bool isScale = p < nScales;
-      const char* from = isScale ? a.scales + static_cast<size_t>(t) * a.scaleBytes
-                                 : reinterpret_cast<const char*>(a.topkWeights + static_cast<size_t>(t) * k);
+      const char* from = isScale ? a.scales + static_cast<size_t>(out.t) * a.scaleBytes
+                                 : reinterpret_cast<const char*>(a.topkWeights + static_cast<size_t>(out.t) * k);
       const int at = (isScale ? p : p - nScales) * kPacketBytes;
       uint4 packet{};
       if (p < nPackets) packet = gatherBytes(from + at, (isScale ? a.scaleBytes : k * 4) - at);
@@ -193,54 +224,37 @@ __device__ __forceinline__ bool sendItem(const LatencyDispatchArgs& a, const Cal
         if (p < nPackets) storePacket(record(r) + v.layout.aux() + p, packet);
       });
     }
-    if (__any_sync(~0u, looksEmpty)) forEachRank(leaders, home, literal);
-    return true;
-  }
-  const int segment = unit - 1, nPackets = a.wireBytes / kPacketBytes;
-  const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
-  const uint4* row = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(t) * a.rowBytes);
-  uint4 packet[2] = {};
-  if constexpr (kCast) {
-    uint4 raw[2][2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (at[i] < nPackets) raw[i][0] = loadOnce(row + 2 * at[i]), raw[i][1] = loadOnce(row + 2 * at[i] + 1);
-    }
-    const Home home = homeOf(a, call, buffer, t, false);
-    const unsigned leaders = leadersOf(home, masked);
+  } else {
+    const int segment = out.unit - 1, nPackets = a.wireBytes / kPacketBytes;
+    const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
+    uint4 packet[2];
     uint4 extras{}; // lane i: scales of half i of the segment
+    bool hasExtras = false;
+    if constexpr (kCast) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float scale;
-      packet[i] = castSixteen(raw[i], a.quant == ncclMoeQuantFp8Ue8m0, &scale);
-      const uint32_t bits = at[i] < nPackets ? __float_as_uint(scale) : 0u;
-      const uint4 four = make_uint4(__shfl_sync(~0u, bits, 0), __shfl_sync(~0u, bits, 8), __shfl_sync(~0u, bits, 16),
-                                    __shfl_sync(~0u, bits, 24));
-      if (lane == i) extras = four;
+      for (int i = 0; i < 2; i++) {
+        const uint4 raw[2] = {out.raw[2 * i], out.raw[2 * i + 1]};
+        float scale;
+        packet[i] = castSixteen(raw, a.quant == ncclMoeQuantFp8Ue8m0, &scale);
+        const uint32_t bits = at[i] < nPackets ? __float_as_uint(scale) : 0u;
+        const uint4 four = make_uint4(__shfl_sync(~0u, bits, 0), __shfl_sync(~0u, bits, 8), __shfl_sync(~0u, bits, 16),
+                                      __shfl_sync(~0u, bits, 24));
+        if (lane == i) extras = four;
+      }
+      hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+    } else {
+      packet[0] = out.raw[0], packet[1] = out.raw[1];
     }
-    if (!claim.mine()) return false;
-    const bool hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
     forEachRank(leaders, home, [&](int r) {
-      if (at[0] < nPackets) storePacket(record(r) + at[0], packet[0]);
-      if (at[1] < nPackets) storePacket(record(r) + at[1], packet[1]);
-      if (hasExtras) storePacket(record(r) + v.layout.extrasOf(segment) + lane, extras);
+      uint4* to = record(r);
+      if (at[0] < nPackets) storePacket(to + at[0], packet[0]);
+      if (at[1] < nPackets) storePacket(to + at[1], packet[1]);
+      if (hasExtras) storePacket(to + v.layout.extrasOf(segment) + lane, extras);
     });
     looksEmpty = isEmpty(packet[0]) || isEmpty(packet[1]) || isEmpty(extras);
-    if (__any_sync(~0u, looksEmpty)) forEachRank(leaders, home, literal);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (at[i] < nPackets) packet[i] = loadOnce(row + at[i]);
-    }
-    const Home home = homeOf(a, call, buffer, t, false);
-    const unsigned leaders = leadersOf(home, masked);
-    if (!claim.mine()) return false;
-    forEachRank(leaders, home, [&](int r) {
-      if (at[0] < nPackets) storePacket(record(r) + at[0], packet[0]);
-      if (at[1] < nPackets) storePacket(record(r) + at[1], packet[1]);
-    });
-    looksEmpty = isEmpty(packet[0]) || isEmpty(packet[1]);
-    if (__any_sync(~0u, looksEmpty)) forEachRank(leaders, home, literal);
+  }
+  if (__any_sync(~0u, looksEmpty)) {
+    forEachRank(leaders, home, [&](int r) { sendLiteral(v, call, r, v.comm.rank, out.t, out.unit); });
   }
   return true;
 }
@@ -327,33 +341,42 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   // It might be too small: everything is counted.
   for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kThreads) lists.counts[i] = 0;
   __syncthreads();
+  const int perToken = v.layout.pickPackets;
   for (int i = threadIdx.x; i < nRanks * v.layout.maxTokens; i += kThreads) {
     const int source = i / v.layout.maxTokens, t = i % v.layout.maxTokens;
     if (t >= lists.nTokens[source]) continue;
     unsigned long long ranks = 0;
-    for (int s = 0; s < k; s++) {
-      const uint4 packet = loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + s / kPicksPerPacket);
-      const int pick = pickOf(packet, s % kPicksPerPacket);
-      if (pick == kNoPick) continue;
-      atomicAdd(&lists.counts[pick], 1);
-      const int r = v.comm.positionRank[pick];
-      if ((ranks >> r & 1) == 0) atomicAdd(&lists.counts[v.comm.nExperts + r], 1);
-      ranks |= 1ull << r;
+    for (int p = 0; p < perToken; p++) {
+      const uint4 packet = loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + p);
+#pragma unroll
+      for (int n = 0; n < kPicksPerPacket; n++) {
+        const int pick = pickOf(packet, n);
+        if (pick == kNoPick) continue;
+        if (rankMajor) {
+          ranks |= 1ull << v.comm.positionRank[pick];
+        } else {
+          atomicAdd(&lists.counts[pick], 1);
+        }
+      }
+    }
+    for (; ranks != 0; ranks &= ranks - 1) {
+      atomicAdd(&lists.counts[v.comm.nExperts + __ffsll(static_cast<long long>(ranks)) - 1], 1);
     }
   }
   __syncthreads();
-  if (threadIdx.x < nRanks) {
-    const int r = threadIdx.x;
-    long long needed = lists.counts[v.comm.nExperts + r];
+  for (int r = threadIdx.x / 32; r < nRanks; r += kThreads / 32) {
+    int needed = lists.counts[v.comm.nExperts + r];
     if (!rankMajor) {
       needed = 0;
-      for (int p = v.comm.rankStart[r]; p < v.comm.rankStart[r + 1]; p++) {
+      for (int p = v.comm.rankStart[r] + (threadIdx.x & 31); p < v.comm.rankStart[r + 1]; p += 32) {
         needed += (lists.counts[p] + v.alignment - 1) / v.alignment * v.alignment;
       }
+      needed = __reduce_add_sync(~0u, needed);
     }
-    lists.needed[r] = static_cast<int>(needed);
-    enough = needed <= lists.capacity[r];
+    if ((threadIdx.x & 31) == 0) lists.needed[r] = needed;
   }
+  __syncthreads();
+  enough = threadIdx.x >= nRanks || static_cast<uint32_t>(lists.needed[threadIdx.x]) <= lists.capacity[threadIdx.x];
   return __syncthreads_and(enough) != 0;
 }
 
@@ -413,6 +436,12 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     for (int l = threadIdx.x; l <= v.nLocal; l += kThreads) a.expertOffsets[l] = lists.offsets[l];
   }
   if (threadIdx.x < v.comm.nRanks) state->nTokens[threadIdx.x] = lists.nTokens[threadIdx.x];
+  // Tokens without a row here are none of combine's.
+  const uint32_t* any = lists.any(v);
+  for (int i = threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK; i += kThreads) {
+    const int token = i / v.layout.topK;
+    if ((any[token / 32] >> (token % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (a.recvCount != nullptr) *a.recvCount = nRows;
@@ -424,7 +453,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   state->reported = go && !bad ? 0 : 1;
   if (go) return;
   int r = 0;
-  while (lists.needed[r] <= lists.capacity[r]) r++;
+  while (static_cast<uint32_t>(lists.needed[r]) <= lists.capacity[r]) r++;
   o->rank = r;
   o->needed = lists.needed[r];
   o->capacity = lists.capacity[r];
@@ -463,37 +492,41 @@ __device__ __forceinline__ void storeScales(const LatencyDispatchArgs& a, long l
 // A token of any rank as a warp of this rank sees it: lane k < K holds selection k.
 struct Arrival {
   int source, t;
+  int token;     // its bit in the lists
   int local;     // local expert, -1: the selection is not here
   int slot;      // its row in the caller's tensors
-  unsigned here; // selections to store a row for; 0: the token has no row here
+  unsigned here; // selections to store a row for
 };
 
-__device__ __forceinline__ Arrival arrivalOf(const LatencyView& v, const Lists& lists, unsigned buffer, int t) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ Arrival locate(const LatencyView& v, const Lists& lists, int t) {
   int source = 0;
   while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
-  const int token = source * v.layout.maxTokens + t;
-  Arrival arrival{source, t, -1, 0, 0};
-  if ((lists.any(v)[token / 32] >> (token % 32) & 1) == 0) return arrival;
-  const int local = loadPick(v, buffer, source, t) - v.firstPosition;
-  if (local >= 0 && local < v.nLocal) arrival.local = local;
-  const unsigned all = __ballot_sync(~0u, arrival.local >= 0);
+  return Arrival{source, t, source * v.layout.maxTokens + t, -1, 0, 0};
+}
+__device__ __forceinline__ bool comesHere(const LatencyView& v, const Lists& lists, const Arrival& arrival) {
+  return (lists.any(v)[arrival.token / 32] >> (arrival.token % 32) & 1) != 0;
+}
+
+__device__ __forceinline__ void findPlaces(const LatencyView& v, const Lists& lists, unsigned buffer, Arrival* arrival) {
+  const int lane = threadIdx.x & 31;
+  const int local = loadPick(v, buffer, arrival->source, arrival->t) - v.firstPosition;
+  if (local >= 0 && local < v.nLocal) arrival->local = local;
+  const unsigned all = __ballot_sync(~0u, arrival->local >= 0);
   if (v.kind == ncclMoeLayoutRankMajor) {
-    arrival.slot = lists.before(v.nLocal, token);
-    arrival.here = all & -all;
-    return arrival;
+    arrival->slot = lists.before(v.nLocal, arrival->token);
+    arrival->here = all & -all;
+    return;
   }
   for (unsigned rest = all; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
-    const int l = __shfl_sync(~0u, arrival.local, k);
-    const int n = lists.before(l, token);
+    const int l = __shfl_sync(~0u, arrival->local, k);
+    const int n = lists.before(l, arrival->token);
     if (lane == k) {
-      arrival.slot =
+      arrival->slot =
         n + (v.kind == ncclMoeLayoutExpertPadded ? l * v.comm.nRanks * v.layout.maxTokens : lists.offsets[l]);
     }
   }
-  arrival.here = all;
-  return arrival;
+  arrival->here = all;
 }
 
 // Unit 0 of a row.
@@ -513,7 +546,7 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
     const uint4* const from[1] = {p < nScales ? aux + p : nullptr};
     uint4 got[1];
     const Progress progress =
-      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal);
+      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal, [] {});
     if (progress != Progress::done) return progress;
     for (unsigned rest = go ? arrival.here : 0; rest != 0; rest &= rest - 1) {
       const long long slot = __shfl_sync(~0u, arrival.slot, __ffs(rest) - 1);
@@ -525,7 +558,7 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
     const uint4* const from[1] = {lane < nWeights ? aux + nScales + lane : nullptr};
     uint4 got[1] = {};
     const Progress progress =
-      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal);
+      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal, [] {});
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -551,8 +584,9 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
 
 // Unit 1 + segment of a row.
 template <bool kCast>
-__device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a, const Call& call,
-                                                   const Arrival& arrival, int segment, bool go, bool mayStall) {
+__device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a, const Call& call, const Lists& lists,
+                                                   unsigned buffer, Arrival& arrival, int segment, bool go,
+                                                   bool mayStall) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   uint4* record = packets(own(v), v.layout.record(call.parity, arrival.source, arrival.t));
@@ -569,7 +603,8 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a,
   uint4 got[kTake] = {};
   const Progress progress =
     take(v.comm, kPhaseLatencyDispatchRow, [&](int) { return arrival.source; }, call.tag, mayStall, from, got,
-         [&](int) { return isLiteral(v, call, arrival.source, arrival.t, 1 + segment); });
+         [&](int) { return isLiteral(v, call, arrival.source, arrival.t, 1 + segment); },
+         [&] { findPlaces(v, lists, buffer, &arrival); });
   if (progress != Progress::done) return progress;
   for (unsigned rest = go ? arrival.here : 0; rest != 0; rest &= rest - 1) {
     const long long slot = __shfl_sync(~0u, arrival.slot, __ffs(rest) - 1);
@@ -606,49 +641,43 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a,
   return Progress::done;
 }
 
-// Tokens without a row here are none of combine's.
-__device__ __forceinline__ void forget(const LatencyView& v, const Lists& lists) {
-  const uint32_t* any = lists.any(v);
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK;
-       i += gridDim.x * kThreads) {
-    const int token = i / v.layout.topK;
-    if ((any[token / 32] >> (token % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
-  }
-}
-
 template <bool kCast>
 __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __grid_constant__ LatencyDispatchArgs a) {
   extern __shared__ uint32_t dynamicShared[];
   const LatencyView& v = a.view;
-  const int rank = v.comm.rank;
-  const Call call = currentCall(v);
-  const LatencyState* state = stateOf(v);
-  const unsigned buffer = static_cast<unsigned>(ticketsDone(&state->dispatches) + (a.keep ? 0 : 1)) & 1;
+  LatencyState* state = stateOf(v);
+  const unsigned long long tickets = loadTickets(&state->calls), dispatches = loadTickets(&state->dispatches);
   const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
   const int nUnits = 1 + (a.wireBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
-  const Lists lists(v, dynamicShared);
-  if (a.halves.receive) {
-    for (int i = threadIdx.x; i < (v.nLocal + 1) * lists.words; i += kThreads) lists.bits[i] = 0;
-  }
   int nTokens = a.nTokens;
   if (a.keep) {
-    nTokens = state->nTokens[rank];
+    nTokens = state->nTokens[v.comm.rank];
   } else if (a.nTokensDev != nullptr) {
     nTokens = max(0, min(nTokens, *a.nTokensDev));
   }
   const int nItems = 1 + nTokens * nUnits;
-  Shares shares(v, call, nItems);
-  int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
+  int share = a.halves.send && Shares::first() < min(nItems, Shares::stride()) ? Shares::first() : -1;
+  const Lists lists(v, dynamicShared);
   const int nReceivers = max(1, static_cast<int>(gridDim.x) - 1);
   const bool publisher = blockIdx.x == gridDim.x - 1;
   int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
   int nArrivals = -1;                                    // tokens of all ranks, once they are known
-  bool go = false;
+  bool go = false, cleared = false, allTaken = false;
   for (bool working = true; working;) {
+    // Nothing waits for the tickets before a warp's first loads are on their way.
+    Outgoing<kCast> out{};
+    if (share >= 0) out = fetch<kCast>(a, nTokens, share);
+    if (a.halves.receive && !cleared) {
+      for (int i = threadIdx.x; i < (v.nLocal + 1) * lists.words; i += kThreads) lists.bits[i] = 0;
+      cleared = true;
+    }
+    const Call call = callOf(tickets);
+    const unsigned buffer = static_cast<unsigned>((dispatches >> kTicketBits) + (a.keep ? 0 : 1)) & 1;
+    Shares shares(v, call, nItems, allTaken);
     if (share >= 0) {
       const Claim claim = shares.claim(share);
-      for (int i = share; i < nItems; i += Shares::stride()) {
-        if (!sendItem<kCast>(a, call, masked, buffer, nTokens, i, claim)) break;
+      while (send<kCast>(a, call, masked, buffer, nTokens, out, claim) && out.item + Shares::stride() < nItems) {
+        out = fetch<kCast>(a, nTokens, out.item + Shares::stride());
       }
       share = -1;
     }
@@ -660,39 +689,45 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
       if (__syncthreads_or(progress != Progress::done) != 0) {
         if (__syncthreads_or(progress == Progress::failed) != 0) break;
         share = shares.unclaimed();
+        allTaken = shares.allTaken;
         continue;
       }
       go = fits(a, buffer, lists);
       if (v.kind == ncclMoeLayoutExpertMajor) measure(v, lists);
       nArrivals = 0;
       for (int r = 0; r < v.comm.nRanks; r++) nArrivals += lists.nTokens[r];
-      forget(v, lists);
-      if (publisher) {
+      if (publisher && gridDim.x > 1) {
         publish(a, call, lists, go);
-        if (gridDim.x > 1) break;
+        break;
       }
     }
     working = false;
     for (; item < nArrivals * nUnits; item += nReceivers * (kThreads / 32)) {
-      const Arrival arrival = arrivalOf(v, lists, buffer, item % nArrivals);
-      if (arrival.here == 0) continue;
+      Arrival arrival = locate(v, lists, item % nArrivals);
+      if (!comesHere(v, lists, arrival)) continue;
       const int unit = item / nArrivals;
-      const Progress progress = unit == 0
-                                  ? receiveAux(a, call, lists, arrival, go, mayStall)
-                                  : receiveSegment<kCast>(a, call, arrival, unit - 1, go, mayStall);
+      Progress progress;
+      if (unit == 0) {
+        findPlaces(v, lists, buffer, &arrival);
+        progress = receiveAux(a, call, lists, arrival, go, mayStall);
+      } else {
+        progress = receiveSegment<kCast>(a, call, lists, buffer, arrival, unit - 1, go, mayStall);
+      }
       if (progress == Progress::failed) break;
       if (progress == Progress::stalled) {
         share = shares.unclaimed();
+        allTaken = shares.allTaken;
         working = true;
         break;
       }
     }
+    if (publisher && !working) publish(a, call, lists, go);
   }
   if (!a.halves.receive) return;
   __syncthreads(); // all threads have read the counters
   if (threadIdx.x == 0) {
-    addTicket(&stateOf(v)->calls);
-    if (!a.keep) addTicket(&stateOf(v)->dispatches);
+    addTicket(&state->calls);
+    if (!a.keep) addTicket(&state->dispatches);
   }
 }
 
