@@ -136,6 +136,7 @@ template <class Ready>
 __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer, uint32_t tag, bool mayStall,
                                           Ready ready) {
   uint64_t start = 0;
+#pragma unroll 1
   for (uint32_t polls = 1; !ready(); polls++) {
     if (polls % kPollsBetweenChecks != 0) continue;
     if (start == 0) start = globalTimerNs();
@@ -146,21 +147,20 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
 }
 
 // By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data whatever it is.
-// peerOf(i): whom it comes from.  meanwhile() runs once, while the first loads are on their way.
-template <int N, class Peer, class Literal, class Meanwhile>
+// peerOf(i): whom it comes from.  kLoaded: got has been loaded once already.
+template <bool kLoaded, int N, class Peer, class Literal>
 __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
-                                         const uint4* const (&from)[N], uint4 (&got)[N], Literal literal,
-                                         Meanwhile meanwhile) {
+                                         const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {
   unsigned missing = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) missing |= from[i] != nullptr ? 1u << i : 0u;
   uint64_t start = 0;
+#pragma unroll 1
   for (uint32_t polls = 1;; polls++) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      if ((missing >> i & 1) != 0) got[i] = loadPacket(from[i]);
+      if ((missing >> i & 1) != 0 && (!kLoaded || polls > 1)) got[i] = loadPacket(from[i]);
     }
-    if (polls == 1) meanwhile();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       if ((missing >> i & 1) != 0 && !isEmpty(got[i])) missing &= ~(1u << i);
@@ -220,6 +220,7 @@ struct Shares {
   __device__ __forceinline__ int unclaimed() {
     if (allTaken) return -1;
     const int start = first() % count;
+#pragma unroll 1
     for (int n = 0; n < count; n += 32) {
       const int i = n + (threadIdx.x & 31);
       const int share = (start + i) % count;
@@ -235,6 +236,7 @@ struct Shares {
 // To every rank that takes part: how many tokens, or whatever z and x say, and that the call has begun.  By a whole warp.
 __device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& call, unsigned long long masked, uint32_t x,
                                             uint32_t signature, uint32_t z) {
+#pragma unroll 1
   for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
     if ((masked >> r & 1) != 0) continue;
     storePacket(packets(v.peers[r], v.layout.header(call.parity, v.comm.rank)), make_uint4(x, signature, z, call.tag));
@@ -266,12 +268,13 @@ __device__ __forceinline__ bool isLiteral(const LatencyView& v, const Call& call
          call.tag;
 }
 
-// Blocks that give every warp at most one item to send and one to receive, were all ranks like this one; and one more.
-inline int latencyBlocks(const LatencyView& v, int nTokens, int rowBytes, int nThreads, int maxSms) {
+// As many blocks as have work for a warp on each of an SM's four schedulers, were all ranks like this one; and one more.
+inline int latencyBlocks(const LatencyView& v, int nTokens, int rowBytes, int maxSms) {
+  constexpr int kItemsPerBlock = 4;
   const int units = 1 + (rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
   const long long items = static_cast<long long>(units) * std::min(v.comm.nRanks, v.layout.topK) * nTokens;
-  const long long blocks = (items + nThreads / 32 - 1) / (nThreads / 32);
-  return static_cast<int>(std::max(1ll, std::min<long long>(blocks + 1, std::min(maxSms, kMaxLatencyBlocks))));
+  const long long blocks = (items + kItemsPerBlock - 1) / kItemsPerBlock + 1;
+  return static_cast<int>(std::min<long long>(blocks, std::min(maxSms, kMaxLatencyBlocks)));
 }
 
 } // namespace moe

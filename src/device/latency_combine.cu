@@ -56,6 +56,7 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
     }
   } else {
     float acc[2][kElems] = {};
+#pragma unroll 1
     for (unsigned rest = here; rest != 0;) {
       uint4 raw[kRowsAtATime][2] = {};
       float weights[kRowsAtATime];
@@ -103,6 +104,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+#pragma unroll 1
   for (unsigned rest = here; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
     const long long slot = __shfl_sync(~0u, entry, k);
@@ -159,6 +161,7 @@ __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call
   }
   int t = (item - 1) % nRows, owner = 0;
   const int unit = shape.firstUnit + (item - 1) / nRows;
+#pragma unroll 1
   for (;; owner++) {
     const int n = __shfl_sync(~0u, owner < 32 ? nTokens[0] : nTokens[1], owner & 31);
     if (t < n) break;
@@ -187,6 +190,7 @@ __device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, 
                                                    unsigned long long masked, bool mayStall) {
   const LatencyView& v = a.view;
   Progress worst = Progress::done;
+#pragma unroll 1
   for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
     if ((masked >> r & 1) != 0) continue;
     const uint64_t start = globalTimerNs();
@@ -224,6 +228,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   const Place place(segment, nPackets);
   const auto record = [&](int plane) { return packets(own(v), v.layout.record(call.parity, plane, t)); };
   float acc[2][kElems] = {};
+#pragma unroll 1
   for (unsigned long long rest = planes; rest != 0;) {
     const uint4* from[kPlanes * kEach];
     uint4 got[kPlanes * kEach] = {};
@@ -240,7 +245,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
       }
     }
     // Lanes whose packets are there keep others company in the wait, so every lane may shuffle.
-    const Progress progress = take(
+    const Progress progress = take<false>(
       v.comm, kPhaseLatencyCombineRow,
       [&](int i) {
         int p = plane[0];
@@ -253,8 +258,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
 #pragma unroll
         for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
         return isLiteral(v, call, p, t, 1 + segment);
-      },
-      [] {});
+      });
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int j = 0; j < kPlanes; j++) {
@@ -278,6 +282,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   for (int i = 0; i < 2; i++) {
     if (place.has[i]) out[place.at[i]] = Vec<T>::store(acc[i]);
   }
+#pragma unroll 1
   for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
     uint4* base = record(__ffsll(static_cast<long long>(rest)) - 1);
 #pragma unroll
@@ -298,13 +303,14 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
   const unsigned leaders = __ballot_sync(~0u, there && lane == __ffs(same) - 1);
   const auto aux = [&](int r) { return packets(own(v), v.layout.record(call.parity, r, t)) + v.layout.aux(); };
   float grad = 0.0f;
+#pragma unroll 1
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
     const int r = __shfl_sync(~0u, rankOfPick, __ffs(rest) - 1);
     const uint4* const from[1] = {lane < n ? aux(r) + lane : nullptr};
     uint4 got[1] = {};
-    const Progress progress = take(
+    const Progress progress = take<false>(
       v.comm, kPhaseLatencyCombineRow, [&](int) { return r; }, call.tag, mayStall, from, got,
-      [&](int) { return isLiteral(v, call, r, t, 0); }, [] {});
+      [&](int) { return isLiteral(v, call, r, t, 0); });
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -313,6 +319,7 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
     }
   }
   if (lane < k) a.gradTopkWeights[static_cast<size_t>(t) * k + lane] = grad;
+#pragma unroll 1
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
     const int r = __shfl_sync(~0u, rankOfPick, __ffs(rest) - 1);
     if (lane < n) aux(r)[lane] = emptyPacket();
@@ -363,14 +370,17 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   Shares shares(v, call, nSend, false);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
   int item = Shares::first();
+#pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
       const Claim claim = shares.claim(share);
+#pragma unroll 1
       for (int i = share; i < nSend; i += Shares::stride()) sendItem<T>(a, call, shape, masked, tokens, nRows, i, claim);
       share = -1;
     }
     if (!a.halves.receive) return;
     working = false;
+#pragma unroll 1
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =
         receiveItem<T>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
@@ -402,7 +412,7 @@ cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cud
   auto* kernel = args.type == ncclBfloat16  ? latencyCombineKernel<__nv_bfloat16>
                  : args.type == ncclFloat16 ? latencyCombineKernel<__half>
                                             : latencyCombineKernel<float>;
-  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, kThreads, maxSms), kThreads, 0, stream, args);
+  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, maxSms), kThreads, 0, stream, args);
 }
 
 } // namespace moe

@@ -44,6 +44,7 @@ struct Lists {
   // How many tokens before this one have plane l's bit; by a whole warp.
   __device__ __forceinline__ int before(int l, int token) const {
     int n = 0;
+#pragma unroll 1
     for (int w = threadIdx.x & 31; w <= token / 32; w += 32) {
       const uint32_t word = bits[l * words + w];
       n += __popc(w == token / 32 ? word & ((1u << (token % 32)) - 1) : word);
@@ -52,6 +53,7 @@ struct Lists {
   }
   __device__ __forceinline__ int all(int l) const {
     int n = 0;
+#pragma unroll 1
     for (int w = threadIdx.x & 31; w < words; w += 32) n += __popc(bits[l * words + w]);
     return __reduce_add_sync(~0u, n);
   }
@@ -163,6 +165,7 @@ __device__ __forceinline__ void sendPicks(const LatencyDispatchArgs& a, const Ca
   if (lane >= v.layout.pickPackets) return;
   const uint4 packet = make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
                                   static_cast<uint32_t>(high), call.tag);
+#pragma unroll 1
   for (int r = 0; r < v.comm.nRanks; r++) {
     if ((masked >> r & 1) == 0) storePacket(packets(v.peers[r], v.layout.pick(buffer, v.comm.rank, t)) + lane, packet);
   }
@@ -186,6 +189,7 @@ __device__ __forceinline__ uint4 gatherBytes(const char* from, int bytes) {
 }
 
 template <class Store> __device__ __forceinline__ void forEachRank(unsigned leaders, const Home& home, Store store) {
+#pragma unroll 1
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) store(__shfl_sync(~0u, home.rank, __ffs(rest) - 1));
 }
 
@@ -211,6 +215,7 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
     if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
     const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
     const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);
+#pragma unroll 1
     for (int first = 0; first < nPackets; first += 32) {
       const int p = first + lane;
       const bool isScale = p < nScales;
@@ -296,6 +301,7 @@ __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const C
     lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
     lists.capacity[r] = header.z;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < nRanks * perRank; i += kThreads) {
     const int source = i / perRank, t = i % perRank / perToken;
     if ((masked >> source & 1) != 0) continue;
@@ -330,6 +336,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   bool enough = true;
   if (threadIdx.x < nRanks) {
     long long most = 0;
+#pragma unroll 1
     for (int s = 0; s < nRanks; s++) most += lists.nTokens[s];
     if (!rankMajor) {
       const int experts = v.comm.rankStart[threadIdx.x + 1] - v.comm.rankStart[threadIdx.x];
@@ -339,13 +346,16 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   }
   if (__syncthreads_and(enough) != 0) return true;
   // It might be too small: everything is counted.
+#pragma unroll 1
   for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kThreads) lists.counts[i] = 0;
   __syncthreads();
   const int perToken = v.layout.pickPackets;
+#pragma unroll 1
   for (int i = threadIdx.x; i < nRanks * v.layout.maxTokens; i += kThreads) {
     const int source = i / v.layout.maxTokens, t = i % v.layout.maxTokens;
     if (t >= lists.nTokens[source]) continue;
     unsigned long long ranks = 0;
+#pragma unroll 1
     for (int p = 0; p < perToken; p++) {
       const uint4 packet = loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + p);
 #pragma unroll
@@ -359,15 +369,18 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
         }
       }
     }
+#pragma unroll 1
     for (; ranks != 0; ranks &= ranks - 1) {
       atomicAdd(&lists.counts[v.comm.nExperts + __ffsll(static_cast<long long>(ranks)) - 1], 1);
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int r = threadIdx.x / 32; r < nRanks; r += kThreads / 32) {
     int needed = lists.counts[v.comm.nExperts + r];
     if (!rankMajor) {
       needed = 0;
+#pragma unroll 1
       for (int p = v.comm.rankStart[r] + (threadIdx.x & 31); p < v.comm.rankStart[r + 1]; p += 32) {
         needed += (lists.counts[p] + v.alignment - 1) / v.alignment * v.alignment;
       }
@@ -383,6 +396,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
 // Rows of every expert and, from them, where the groups start.  By a whole block; ends in a barrier.
 __device__ __forceinline__ void measure(const LatencyView& v, const Lists& lists) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+#pragma unroll 1
   for (int l = warp; l < v.nLocal; l += kThreads / 32) {
     const int n = lists.all(l);
     if (lane == 0) lists.totals[l] = n;
@@ -390,6 +404,7 @@ __device__ __forceinline__ void measure(const LatencyView& v, const Lists& lists
   __syncthreads();
   if (v.kind == ncclMoeLayoutExpertMajor && warp == 0) {
     int start = 0;
+#pragma unroll 1
     for (int l0 = 0; l0 < v.nLocal; l0 += 32) {
       const int n = l0 + lane < v.nLocal ? (lists.totals[l0 + lane] + v.alignment - 1) / v.alignment * v.alignment : 0;
       int upTo = n;
@@ -411,7 +426,6 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   __shared__ int nRows;
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
-  if (v.kind != ncclMoeLayoutExpertMajor) measure(v, lists);
   if (threadIdx.x < 32) {
     int n = 0;
     if (v.kind == ncclMoeLayoutRankMajor) {
@@ -419,6 +433,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     } else if (v.kind == ncclMoeLayoutExpertMajor) {
       n = lists.offsets[v.nLocal];
     } else {
+#pragma unroll 1
       for (int l = threadIdx.x; l < v.nLocal; l += 32) n += lists.totals[l];
       n = __reduce_add_sync(~0u, n);
     }
@@ -426,6 +441,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   }
   unsigned long long* expertTokens = reinterpret_cast<unsigned long long*>(v.shared + 1);
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
+#pragma unroll 1
   for (int l = threadIdx.x; l < v.nLocal; l += kThreads) {
     const int n = lists.totals[l];
     if (a.expertCounts != nullptr) a.expertCounts[l] = n;
@@ -433,11 +449,13 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     if (n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
   }
   if (a.expertOffsets != nullptr) {
+#pragma unroll 1
     for (int l = threadIdx.x; l <= v.nLocal; l += kThreads) a.expertOffsets[l] = lists.offsets[l];
   }
   if (threadIdx.x < v.comm.nRanks) state->nTokens[threadIdx.x] = lists.nTokens[threadIdx.x];
   // Tokens without a row here are none of combine's.
   const uint32_t* any = lists.any(v);
+#pragma unroll 1
   for (int i = threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK; i += kThreads) {
     const int token = i / v.layout.topK;
     if ((any[token / 32] >> (token % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
@@ -453,6 +471,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   state->reported = go && !bad ? 0 : 1;
   if (go) return;
   int r = 0;
+#pragma unroll 1
   while (static_cast<uint32_t>(lists.needed[r]) <= lists.capacity[r]) r++;
   o->rank = r;
   o->needed = lists.needed[r];
@@ -500,6 +519,7 @@ struct Arrival {
 
 __device__ __forceinline__ Arrival locate(const LatencyView& v, const Lists& lists, int t) {
   int source = 0;
+#pragma unroll 1
   while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
   return Arrival{source, t, source * v.layout.maxTokens + t, -1, 0, 0};
 }
@@ -517,6 +537,7 @@ __device__ __forceinline__ void findPlaces(const LatencyView& v, const Lists& li
     arrival->here = all & -all;
     return;
   }
+#pragma unroll 1
   for (unsigned rest = all; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
     const int l = __shfl_sync(~0u, arrival->local, k);
@@ -541,13 +562,15 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
   const int nScales =
     a.quant == ncclMoeQuantNone ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
   const int nWeights = lists.weighted[source] != 0 ? (k + 3) / 4 : 0;
+#pragma unroll 1
   for (int first = 0; first < nScales; first += 32) {
     const int p = first + lane;
     const uint4* const from[1] = {p < nScales ? aux + p : nullptr};
     uint4 got[1];
     const Progress progress =
-      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal, [] {});
+      take<false>(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal);
     if (progress != Progress::done) return progress;
+#pragma unroll 1
     for (unsigned rest = go ? arrival.here : 0; rest != 0; rest &= rest - 1) {
       const long long slot = __shfl_sync(~0u, arrival.slot, __ffs(rest) - 1);
       if (p < nScales) storeScales(a, slot, p, got[0]);
@@ -558,7 +581,7 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
     const uint4* const from[1] = {lane < nWeights ? aux + nScales + lane : nullptr};
     uint4 got[1] = {};
     const Progress progress =
-      take(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal, [] {});
+      take<false>(v.comm, kPhaseLatencyDispatchRow, peer, call.tag, mayStall, from, got, literal);
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -578,39 +601,55 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
   } else if (go && a.recvWeights != nullptr && here) {
     a.recvWeights[arrival.slot] = weight;
   }
+#pragma unroll 1
   for (int p = lane; p < nScales + nWeights; p += 32) aux[p] = emptyPacket();
   return Progress::done;
 }
 
+// The packets of a warp's lane in one segment; none of a unit 0.
+template <bool kCast> struct Packets {
+  static constexpr int kCount = kCast ? 3 : 2;
+  int at[2];
+  const uint4* from[kCount];
+  uint4 got[kCount];
+
+  // Their first loads are on their way when it returns.
+  __device__ __forceinline__ Packets(const LatencyDispatchArgs& a, const Call& call, const Arrival& arrival, int unit) {
+    const LatencyView& v = a.view;
+    const int lane = threadIdx.x & 31, segment = unit - 1;
+    const int nPackets = unit == 0 ? 0 : a.wireBytes / kPacketBytes;
+    uint4* record = packets(own(v), v.layout.record(call.parity, arrival.source, arrival.t));
+    at[0] = segment * kSegmentPackets + lane;
+    at[1] = at[0] + 32;
+    from[0] = at[0] < nPackets ? record + at[0] : nullptr;
+    from[1] = at[1] < nPackets ? record + at[1] : nullptr;
+    if constexpr (kCast) {
+      const bool has = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+      from[2] = has ? record + v.layout.extrasOf(segment) + lane : nullptr;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; i++) got[i] = from[i] != nullptr ? loadPacket(from[i]) : uint4{};
+  }
+};
+
 // Unit 1 + segment of a row.
 template <bool kCast>
-__device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a, const Call& call, const Lists& lists,
-                                                   unsigned buffer, Arrival& arrival, int segment, bool go,
+__device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a, const Call& call,
+                                                   const Arrival& arrival, Packets<kCast>& p, int segment, bool go,
                                                    bool mayStall) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
-  uint4* record = packets(own(v), v.layout.record(call.parity, arrival.source, arrival.t));
-  const int nPackets = a.wireBytes / kPacketBytes;
-  const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
-  constexpr int kTake = kCast ? 3 : 2;
-  const uint4* from[kTake];
-  from[0] = at[0] < nPackets ? record + at[0] : nullptr;
-  from[1] = at[1] < nPackets ? record + at[1] : nullptr;
-  if constexpr (kCast) {
-    const bool has = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
-    from[2] = has ? record + v.layout.extrasOf(segment) + lane : nullptr;
-  }
-  uint4 got[kTake] = {};
-  const Progress progress =
-    take(v.comm, kPhaseLatencyDispatchRow, [&](int) { return arrival.source; }, call.tag, mayStall, from, got,
-         [&](int) { return isLiteral(v, call, arrival.source, arrival.t, 1 + segment); },
-         [&] { findPlaces(v, lists, buffer, &arrival); });
+  auto& got = p.got;
+  const Progress progress = take<true>(
+    v.comm, kPhaseLatencyDispatchRow, [&](int) { return arrival.source; }, call.tag, mayStall, p.from, got,
+    [&](int) { return isLiteral(v, call, arrival.source, arrival.t, 1 + segment); });
   if (progress != Progress::done) return progress;
+#pragma unroll 1
   for (unsigned rest = go ? arrival.here : 0; rest != 0; rest &= rest - 1) {
     const long long slot = __shfl_sync(~0u, arrival.slot, __ffs(rest) - 1);
     uint4* to = reinterpret_cast<uint4*>(a.recvX + slot * a.wireBytes);
-    if (at[0] < nPackets) to[at[0]] = got[0];
-    if (at[1] < nPackets) to[at[1]] = got[1];
+    if (p.from[0] != nullptr) to[p.at[0]] = got[0];
+    if (p.from[1] != nullptr) to[p.at[1]] = got[1];
   }
   if constexpr (kCast) {
     const int nWords = a.scaleBytes / 4;
@@ -629,14 +668,15 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyDispatchArgs& a,
       }
       if (lane >= 8) w = nWords;
     }
+#pragma unroll 1
     for (unsigned rest = go ? arrival.here : 0; rest != 0; rest &= rest - 1) {
       const long long slot = __shfl_sync(~0u, arrival.slot, __ffs(rest) - 1);
       if (w < nWords) *scaleWord(a, slot, w) = value;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kTake; i++) {
-    if (from[i] != nullptr) *const_cast<uint4*>(from[i]) = emptyPacket();
+  for (int i = 0; i < p.kCount; i++) {
+    if (p.from[i] != nullptr) *const_cast<uint4*>(p.from[i]) = emptyPacket();
   }
   return Progress::done;
 }
@@ -662,20 +702,24 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
   const bool publisher = blockIdx.x == gridDim.x - 1;
   int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
   int nArrivals = -1;                                    // tokens of all ranks, once they are known
+  Call call{};
   bool go = false, cleared = false, allTaken = false;
+#pragma unroll 1
   for (bool working = true; working;) {
     // Nothing waits for the tickets before a warp's first loads are on their way.
     Outgoing<kCast> out{};
     if (share >= 0) out = fetch<kCast>(a, nTokens, share);
     if (a.halves.receive && !cleared) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < (v.nLocal + 1) * lists.words; i += kThreads) lists.bits[i] = 0;
       cleared = true;
     }
-    const Call call = callOf(tickets);
+    call = callOf(tickets);
     const unsigned buffer = static_cast<unsigned>((dispatches >> kTicketBits) + (a.keep ? 0 : 1)) & 1;
     Shares shares(v, call, nItems, allTaken);
     if (share >= 0) {
       const Claim claim = shares.claim(share);
+#pragma unroll 1
       while (send<kCast>(a, call, masked, buffer, nTokens, out, claim) && out.item + Shares::stride() < nItems) {
         out = fetch<kCast>(a, nTokens, out.item + Shares::stride());
       }
@@ -693,26 +737,23 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
         continue;
       }
       go = fits(a, buffer, lists);
-      if (v.kind == ncclMoeLayoutExpertMajor) measure(v, lists);
+      if (v.kind == ncclMoeLayoutExpertMajor || publisher) measure(v, lists);
       nArrivals = 0;
+#pragma unroll 1
       for (int r = 0; r < v.comm.nRanks; r++) nArrivals += lists.nTokens[r];
-      if (publisher && gridDim.x > 1) {
-        publish(a, call, lists, go);
-        break;
-      }
+      if (publisher && gridDim.x > 1) break;
     }
     working = false;
+#pragma unroll 1
     for (; item < nArrivals * nUnits; item += nReceivers * (kThreads / 32)) {
       Arrival arrival = locate(v, lists, item % nArrivals);
       if (!comesHere(v, lists, arrival)) continue;
       const int unit = item / nArrivals;
-      Progress progress;
-      if (unit == 0) {
-        findPlaces(v, lists, buffer, &arrival);
-        progress = receiveAux(a, call, lists, arrival, go, mayStall);
-      } else {
-        progress = receiveSegment<kCast>(a, call, lists, buffer, arrival, unit - 1, go, mayStall);
-      }
+      Packets<kCast> packetsOfLane(a, call, arrival, unit);
+      findPlaces(v, lists, buffer, &arrival);
+      const Progress progress =
+        unit == 0 ? receiveAux(a, call, lists, arrival, go, mayStall)
+                  : receiveSegment<kCast>(a, call, arrival, packetsOfLane, unit - 1, go, mayStall);
       if (progress == Progress::failed) break;
       if (progress == Progress::stalled) {
         share = shares.unclaimed();
@@ -721,9 +762,9 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
         break;
       }
     }
-    if (publisher && !working) publish(a, call, lists, go);
   }
   if (!a.halves.receive) return;
+  if (publisher && nArrivals >= 0) publish(a, call, lists, go);
   __syncthreads(); // all threads have read the counters
   if (threadIdx.x == 0) {
     addTicket(&state->calls);
@@ -741,6 +782,7 @@ size_t latencyShared(const LatencyLayout& layout, int nExperts, int nLocal) {
 
 cudaError_t prepareLatencyDispatch() {
   cudaError_t result = cudaSuccess;
+#pragma unroll 1
   for (auto* kernel : {latencyDispatchKernel<false>, latencyDispatchKernel<true>}) {
     if (result == cudaSuccess) {
       result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxLatencyShared);
@@ -751,7 +793,7 @@ cudaError_t prepareLatencyDispatch() {
 
 cudaError_t launchLatencyDispatch(const LatencyDispatchArgs& args, int maxSms, cudaStream_t stream) {
   auto* kernel = args.quant == ncclMoeQuantNone ? latencyDispatchKernel<false> : latencyDispatchKernel<true>;
-  return launchKernel<LatencyDispatchArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, kThreads, maxSms), kThreads,
+  return launchKernel<LatencyDispatchArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, maxSms), kThreads,
                                            latencyShared(args.view.layout, args.view.comm.nExperts, args.view.nLocal),
                                            stream, args);
 }
