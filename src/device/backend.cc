@@ -23,8 +23,8 @@ namespace moe {
 namespace {
 
 // The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
-constexpr int kCopySms = 24;    // RANK_MAJOR dispatch without the cast: a plain copy
-constexpr int kDefaultSms = 64; // all else: local copies, the cast or sums beside the wire
+constexpr int kCopySms = 24;           // RANK_MAJOR dispatch without the cast: a plain copy
+constexpr int kDefaultSms = 64;        // all else: local copies, the cast or sums beside the wire
 constexpr int kLatencySms = INT32_MAX; // latency mode: all
 
 class NvtxRange {
@@ -256,13 +256,13 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeCombine"));
     DeviceRouting& state = stateOf(routing);
-    if (state.latency != nullptr) {
-      launched_ = true;
-      return state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream);
-    }
     if (args.x == nullptr && hasRows(state, stream)) return fail(ncclInvalidArgument, "ncclMoeCombine: args.x is NULL");
     if (args.withGradWeights != 0 && args.gradWeights == nullptr && hasRows(state, stream)) {
       return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
+    }
+    if (state.latency != nullptr) {
+      launched_ = true;
+      return state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream);
     }
     CombineArgs combine{};
     combine.comm = view();
@@ -668,9 +668,8 @@ class DeviceBackend : public Backend {
                config_.timeoutMs, phases[f->phase], f->peer, f->epoch, whose);
       break;
     case kFailAborted:
-      snprintf(text, sizeof(text),
-               "rank %d was aborted while it waited for %s from rank %d, call %u of the %s", moe_.rank,
-               phases[f->phase], f->peer, f->epoch, whose);
+      snprintf(text, sizeof(text), "rank %d was aborted while it waited for %s from rank %d, call %u of the %s",
+               moe_.rank, phases[f->phase], f->peer, f->epoch, whose);
       break;
     default:
       snprintf(text, sizeof(text),

@@ -105,8 +105,7 @@ __device__ __forceinline__ int pickOf(const uint4& v, int i) {
 __device__ __forceinline__ int loadPick(const LatencyView& v, unsigned buffer, int source, int t) {
   const int lane = threadIdx.x & 31;
   if (lane >= v.layout.topK) return kNoPick;
-  const uint4 packet =
-    loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + lane / kPicksPerPacket);
+  const uint4 packet = loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + lane / kPicksPerPacket);
   return pickOf(packet, lane % kPicksPerPacket);
 }
 
@@ -234,8 +233,8 @@ struct Shares {
 };
 
 // To every rank that takes part: how many tokens, or whatever z and x say, and that the call has begun.  By a whole warp.
-__device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& call, unsigned long long masked, uint32_t x,
-                                            uint32_t signature, uint32_t z) {
+__device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& call, unsigned long long masked,
+                                            uint32_t x, uint32_t signature, uint32_t z) {
 #pragma unroll 1
   for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
     if ((masked >> r & 1) != 0) continue;

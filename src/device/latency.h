@@ -12,8 +12,8 @@ struct LatencyView {
   LatencyLayout layout;
   char* peers[kMaxDeviceRanks]; // the routing's window at every rank
   const uint32_t* homes;        // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
-  int nLocal, firstPosition; // this rank's experts
-  int kind; // ncclMoeLayout_t
+  int nLocal, firstPosition;    // this rank's experts
+  int kind;                     // ncclMoeLayout_t
   int alignment;
   bool hostCounts;
   RoutingOutcome* outcome; // host memory

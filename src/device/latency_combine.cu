@@ -124,8 +124,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
   }
 }
 
-__device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Call& call, int owner, int t,
-                                          int entry) {
+__device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Call& call, int owner, int t, int entry) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31, k = v.layout.topK;
   float grad = 0.0f;
@@ -253,7 +252,8 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
         for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
         return p;
       },
-      call.tag, mayStall, from, got, [&](int i) {
+      call.tag, mayStall, from, got,
+      [&](int i) {
         int p = plane[0];
 #pragma unroll
         for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
@@ -375,7 +375,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
     if (share >= 0) {
       const Claim claim = shares.claim(share);
 #pragma unroll 1
-      for (int i = share; i < nSend; i += Shares::stride()) sendItem<T>(a, call, shape, masked, tokens, nRows, i, claim);
+      for (int i = share; i < nSend; i += Shares::stride())
+        sendItem<T>(a, call, shape, masked, tokens, nRows, i, claim);
       share = -1;
     }
     if (!a.halves.receive) return;
@@ -412,7 +413,8 @@ cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cud
   auto* kernel = args.type == ncclBfloat16  ? latencyCombineKernel<__nv_bfloat16>
                  : args.type == ncclFloat16 ? latencyCombineKernel<__half>
                                             : latencyCombineKernel<float>;
-  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, maxSms), kThreads, 0, stream, args);
+  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, maxSms),
+                                          kThreads, 0, stream, args);
 }
 
 } // namespace moe

@@ -163,8 +163,8 @@ __device__ __forceinline__ void sendPicks(const LatencyDispatchArgs& a, const Ca
   low |= high << 60;
   high >>= 4;
   if (lane >= v.layout.pickPackets) return;
-  const uint4 packet = make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
-                                  static_cast<uint32_t>(high), call.tag);
+  const uint4 packet =
+    make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high), call.tag);
 #pragma unroll 1
   for (int r = 0; r < v.comm.nRanks; r++) {
     if ((masked >> r & 1) == 0) storePacket(packets(v.peers[r], v.layout.pick(buffer, v.comm.rank, t)) + lane, packet);
@@ -181,7 +181,8 @@ __device__ __forceinline__ uint4 gatherBytes(const char* from, int bytes) {
     } else {
 #pragma unroll
       for (int b = 0; b < 4; b++) {
-        if (4 * w + b < bytes) words[w] |= static_cast<uint32_t>(static_cast<unsigned char>(from[4 * w + b])) << (8 * b);
+        if (4 * w + b < bytes)
+          words[w] |= static_cast<uint32_t>(static_cast<unsigned char>(from[4 * w + b])) << (8 * b);
       }
     }
   }
@@ -267,7 +268,8 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
 // ---------------------------------------------------------------------------------------------------- receive ------
 
 // Marks one token's picks.
-__device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, const uint4& packet, int row, int first) {
+__device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, const uint4& packet, int row,
+                                     int first) {
   const uint32_t bit = 1u << (row % 32);
   bool here = false;
 #pragma unroll
@@ -345,7 +347,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
     enough = most <= lists.capacity[threadIdx.x];
   }
   if (__syncthreads_and(enough) != 0) return true;
-  // It might be too small: everything is counted.
+    // It might be too small: everything is counted.
 #pragma unroll 1
   for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kThreads) lists.counts[i] = 0;
   __syncthreads();
@@ -527,7 +529,8 @@ __device__ __forceinline__ bool comesHere(const LatencyView& v, const Lists& lis
   return (lists.any(v)[arrival.token / 32] >> (arrival.token % 32) & 1) != 0;
 }
 
-__device__ __forceinline__ void findPlaces(const LatencyView& v, const Lists& lists, unsigned buffer, Arrival* arrival) {
+__device__ __forceinline__ void findPlaces(const LatencyView& v, const Lists& lists, unsigned buffer,
+                                           Arrival* arrival) {
   const int lane = threadIdx.x & 31;
   const int local = loadPick(v, buffer, arrival->source, arrival->t) - v.firstPosition;
   if (local >= 0 && local < v.nLocal) arrival->local = local;
@@ -559,8 +562,7 @@ __device__ __forceinline__ Progress receiveAux(const LatencyDispatchArgs& a, con
   const auto peer = [&](int) { return source; };
   const auto literal = [&](int) { return isLiteral(v, call, source, t, 0); };
   uint4* aux = packets(own(v), v.layout.record(call.parity, source, t)) + v.layout.aux();
-  const int nScales =
-    a.quant == ncclMoeQuantNone ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
+  const int nScales = a.quant == ncclMoeQuantNone ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
   const int nWeights = lists.weighted[source] != 0 ? (k + 3) / 4 : 0;
 #pragma unroll 1
   for (int first = 0; first < nScales; first += 32) {
@@ -751,9 +753,9 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
       const int unit = item / nArrivals;
       Packets<kCast> packetsOfLane(a, call, arrival, unit);
       findPlaces(v, lists, buffer, &arrival);
-      const Progress progress =
-        unit == 0 ? receiveAux(a, call, lists, arrival, go, mayStall)
-                  : receiveSegment<kCast>(a, call, arrival, packetsOfLane, unit - 1, go, mayStall);
+      const Progress progress = unit == 0
+                                  ? receiveAux(a, call, lists, arrival, go, mayStall)
+                                  : receiveSegment<kCast>(a, call, arrival, packetsOfLane, unit - 1, go, mayStall);
       if (progress == Progress::failed) break;
       if (progress == Progress::stalled) {
         share = shares.unclaimed();
@@ -793,9 +795,9 @@ cudaError_t prepareLatencyDispatch() {
 
 cudaError_t launchLatencyDispatch(const LatencyDispatchArgs& args, int maxSms, cudaStream_t stream) {
   auto* kernel = args.quant == ncclMoeQuantNone ? latencyDispatchKernel<false> : latencyDispatchKernel<true>;
-  return launchKernel<LatencyDispatchArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, maxSms), kThreads,
-                                           latencyShared(args.view.layout, args.view.comm.nExperts, args.view.nLocal),
-                                           stream, args);
+  return launchKernel<LatencyDispatchArgs>(
+    kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, maxSms), kThreads,
+    latencyShared(args.view.layout, args.view.comm.nExperts, args.view.nLocal), stream, args);
 }
 
 } // namespace moe

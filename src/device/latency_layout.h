@@ -44,8 +44,8 @@ struct LatencyState {
 
 // What all routings of a communicator share in latency mode.
 struct LatencyShared {
-  unsigned long long masked;  // bit r: rank r takes no part
-  unsigned long long leftOut; // selections that combine left out, for their ranks were masked
+  unsigned long long masked;                  // bit r: rank r takes no part
+  unsigned long long leftOut;                 // selections that combine left out, for their ranks were masked
   unsigned long long waitNs[kMaxDeviceRanks]; // time from a call's start to the peer's header
   // unsigned long long expertTokens[L] follows: rows that came for each local expert
 };
@@ -88,9 +88,8 @@ struct LatencyLayout {
     return records + recordBytes * ((static_cast<size_t>(parity) * nPlanes + plane) * maxTokens + t);
   }
   MOE_HD size_t literal(unsigned parity, int plane, int t, int unit) const {
-    return literals + sizeof(uint32_t) * (((static_cast<size_t>(parity) * nPlanes + plane) * maxTokens + t) *
-                                            (maxSegments + 1) +
-                                          unit);
+    return literals + sizeof(uint32_t) *
+                        (((static_cast<size_t>(parity) * nPlanes + plane) * maxTokens + t) * (maxSegments + 1) + unit);
   }
   // Of a bit for each token of each rank.
   MOE_HD int words() const { return (nRanks * maxTokens + 31) / 32; }

@@ -18,6 +18,7 @@ constexpr int kTimeLimitMs = 60000;
 
 ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs = 10000) {
   ncclMoeConfig_t config = e.world.config();
+  config.mode = ncclMoeModeThroughput;
   config.numSms = 8;
   config.timeoutMs = timeoutMs;
   return config;

@@ -162,6 +162,7 @@ TEST_P(GpuOracle, SaysWhatTheHostBackendSays) {
         ncclMoeConfig_t config = cases[n].world.config();
         config.timeoutMs = 20000;
         config.numSms = 8;
+        config.mode = n % 2 == 0 ? ncclMoeModeThroughput : ncclMoeModeLatency;
         ncclMoeComm_t host = nullptr;
         const std::string rendezvous = "file://" + directory.path() + "/" + std::to_string(n);
         RANK_OK(ncclMoeCommInitHost(&host, nRanks, r, rendezvous.c_str(), &config), nullptr);

@@ -107,7 +107,7 @@ std::string runRounds(GpuRank& rank, const World& world, const std::vector<Round
 }
 
 // Jobs from consecutive seeds in one process; the seed of the first that fails repeats it.
-void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::threads) {
+void runJobs(ncclMoeMode_t mode, int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::threads) {
   NEED_GPUS(1);
   const int nDevices = gpuCount();
   const uint64_t seed = testSeed();
@@ -135,7 +135,7 @@ void runJobs(int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::thread
           ncclMoeConfig_t config = worlds[j].config();
           config.numSms = std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices));
           if (j % 3 == 1) config.numSms = 1;
-          if (const char* m = getenv("MOE_TEST_MODE")) config.mode = static_cast<ncclMoeMode_t>(atoi(m)); else config.mode = ncclMoeModeThroughput;
+          config.mode = mode;
           config.timeoutMs = as == RanksAs::threads ? 5000 : 30000; // processes on one GPU take turns
           const std::string at = format("job %d, %s: ", done + j, worlds[j].describe().c_str());
           std::string wrong = rank.init(config, meeting, kArenaBytes);
@@ -186,11 +186,13 @@ TEST(GpuProperty, ManyIterations) {
           GpuRank rank(r, nRanks, r % nDevices);
           ncclMoeConfig_t config = world.config();
           config.numSms = pick(worlds, 1, std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices)));
+          config.mode = chance(worlds, 0.5) ? ncclMoeModeLatency : ncclMoeModeThroughput;
           config.timeoutMs = 10000;
           RANK_TRY(rank.init(config, meeting, kArenaBytes));
           for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
             Random random(seed + 1000003u * static_cast<uint64_t>(done + r) + static_cast<uint64_t>(nRanks));
-            rounds[static_cast<size_t>(r)] = randomRounds(random, world, kRoundsOfRouting);
+            rounds[static_cast<size_t>(r)] =
+              randomRounds(random, world, static_cast<ncclMoeLayout_t>(random() % 3), kRoundsOfRouting);
             RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
             for (int n = 0; n < nRanks && done < end; n++, done += kRoundsOfRouting) {
               std::string wrong = runRounds(rank, world, rounds[static_cast<size_t>(n)]);
@@ -206,19 +208,29 @@ TEST(GpuProperty, ManyIterations) {
   }
 }
 
-TEST(GpuProperty, OneRank) { runJobs(12, 1, 1); }
-TEST(GpuProperty, TwoRanks) { runJobs(36, 2, 2); }
-TEST(GpuProperty, ThreeAndFourRanks) { runJobs(12, 3, 4); }
-TEST(GpuProperty, FiveRanks) { runJobs(12, 5, 5); }
-TEST(GpuProperty, SixRanks) { runJobs(12, 6, 6); }
-TEST(GpuProperty, SevenRanks) { runJobs(12, 7, 7); }
-TEST(GpuProperty, EightRanks) { runJobs(12, 8, 8); }
-TEST(GpuProperty, ManyRanks) { runJobs(12, 9, 16); }
-TEST(GpuProperty, Processes) { runJobs(6, 2, 2, RanksAs::processes); }
+TEST(GpuProperty, OneRank) { runJobs(ncclMoeModeThroughput, 12, 1, 1); }
+TEST(GpuProperty, TwoRanks) { runJobs(ncclMoeModeThroughput, 36, 2, 2); }
+TEST(GpuProperty, ThreeAndFourRanks) { runJobs(ncclMoeModeThroughput, 12, 3, 4); }
+TEST(GpuProperty, FiveRanks) { runJobs(ncclMoeModeThroughput, 12, 5, 5); }
+TEST(GpuProperty, SixRanks) { runJobs(ncclMoeModeThroughput, 12, 6, 6); }
+TEST(GpuProperty, SevenRanks) { runJobs(ncclMoeModeThroughput, 12, 7, 7); }
+TEST(GpuProperty, EightRanks) { runJobs(ncclMoeModeThroughput, 12, 8, 8); }
+TEST(GpuProperty, ManyRanks) { runJobs(ncclMoeModeThroughput, 12, 9, 16); }
+TEST(GpuProperty, Processes) { runJobs(ncclMoeModeThroughput, 6, 2, 2, RanksAs::processes); }
 TEST(GpuProperty, EightProcesses) {
   NEED_GPUS(4); // many of them on one GPU take turns for too long
-  runJobs(6, 8, 8, RanksAs::processes);
+  runJobs(ncclMoeModeThroughput, 6, 8, 8, RanksAs::processes);
 }
+
+TEST(GpuLatency, OneRank) { runJobs(ncclMoeModeLatency, 12, 1, 1); }
+TEST(GpuLatency, TwoRanks) { runJobs(ncclMoeModeLatency, 36, 2, 2); }
+TEST(GpuLatency, ThreeAndFourRanks) { runJobs(ncclMoeModeLatency, 12, 3, 4); }
+TEST(GpuLatency, FiveRanks) { runJobs(ncclMoeModeLatency, 12, 5, 5); }
+TEST(GpuLatency, SixRanks) { runJobs(ncclMoeModeLatency, 12, 6, 6); }
+TEST(GpuLatency, SevenRanks) { runJobs(ncclMoeModeLatency, 12, 7, 7); }
+TEST(GpuLatency, EightRanks) { runJobs(ncclMoeModeLatency, 12, 8, 8); }
+TEST(GpuLatency, ManyRanks) { runJobs(ncclMoeModeLatency, 12, 9, 16); }
+TEST(GpuLatency, Processes) { runJobs(ncclMoeModeLatency, 6, 2, 2, RanksAs::processes); }
 
 } // namespace
 } // namespace moe::test
