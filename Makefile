@@ -98,7 +98,7 @@ PC       := $(BUILDDIR)/lib/pkgconfig/moenccl.pc
 .DEFAULT_GOAL := all
 -include $(wildcard tests/*/rules.mk perf/*/rules.mk)
 dirs      = $(sort $(patsubst $(1)/%/,%,$(dir $(foreach f,$(wildcard $(1)/*/*.cc $(1)/*/*.cu),$(f)))))
-AREAS    := $(filter unit api host $(if $(filter 1,$(HAVE_CUDA)),gpu) $(if $(HAVE_NET),net plugin),$(call dirs,tests))
+AREAS    := $(filter unit api host $(if $(filter 1,$(HAVE_CUDA)),gpu) $(if $(HAVE_NET),net verbs plugin),$(call dirs,tests))
 PERFS    := $(filter-out $(if $(HAVE_NET),,net),$(call dirs,perf))
 TESTS    := $(AREAS:%=$(BUILDDIR)/bin/test_%)
 PERF     := $(PERFS:%=$(BUILDDIR)/bin/%_perf)
@@ -177,8 +177,8 @@ $(BUILDDIR)/lib/libnccl-net-moe.so: $(PLUG_OBJ) plugin/libnccl-net-moe.map
 
 # Tests reach internals through the static library; dlopen finds the shared ones by their bare names.
 define testRule # area
-TEST_$(1)_OBJ := $(call obj,$(call src,tests/$(1)) $(TEST_$(1)_SRC)) $(COMMON) $(if $(filter net,$(1)),$(NET_OBJ))
-$(BUILDDIR)/bin/test_$(1): $$(TEST_$(1)_OBJ) $(STATIC) | $(if $(filter plugin,$(1)),$(PLUGIN)) $(LIB)
+TEST_$(1)_OBJ := $(call obj,$(call src,tests/$(1)) $(TEST_$(1)_SRC)) $(COMMON) $(if $(filter net verbs,$(1)),$(NET_OBJ))
+$(BUILDDIR)/bin/test_$(1): $$(TEST_$(1)_OBJ) $(STATIC) | $(if $(filter plugin,$(1)),$(PLUGIN)) $(if $(filter verbs,$(1)),$(FAKEVERBS)) $(LIB)
 	$$(call say,Linking,$$@)mkdir -p $$(@D)
 	$$(Q)$$(link) $$(RPATH) $$(TEST_$(1)_OBJ) $(STATIC) $(GTEST_LIBS) \
 	  $(TEST_$(1)_LIBS) $(CUDA_LIBS) $(LDLIBS)

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "net/engine.h"
@@ -217,12 +218,25 @@ ncclResult_t getProperties(int dev, ncclNetProperties_v12_t* props) {
     props->netDeviceVersion = NCCL_NET_DEVICE_INVALID_VERSION;
     props->vProps.ndevs = 1;
     props->vProps.devs[0] = dev;
+    for (size_t i = 0; i < info.members.size(); i++) {
+      props->vProps.ndevs = static_cast<int>(i) + 1;
+      props->vProps.devs[i] = info.members[i];
+    }
     props->maxP2pBytes = NCCL_MAX_NET_SIZE_BYTES;
     props->maxCollBytes = NCCL_MAX_NET_SIZE_BYTES;
     props->maxMultiRequestSize = 1;
     props->railId = NCCL_NET_ID_UNDEF;
     props->planeId = NCCL_NET_ID_UNDEF;
     return ncclSuccess;
+  });
+}
+
+ncclResult_t makeVDevice(int* dev, int nMembers, const int* members) {
+  return guarded([&] {
+    Global& g = global();
+    std::lock_guard<std::mutex> lock(g.mutex);
+    if (g.engine == nullptr) return fail(ncclInvalidUsage, "network plugin: init was not called");
+    return g.engine->merge(std::vector<int>(members, members + nMembers), dev);
   });
 }
 

@@ -17,6 +17,7 @@ ncclResult_t init(void** ctx, uint64_t commId, int trafficClass, ncclDebugLogger
 ncclResult_t finalize(void* ctx);
 ncclResult_t devices(int* ndev);
 ncclResult_t getProperties(int dev, ncclNetProperties_v12_t* props);
+ncclResult_t makeVDevice(int* dev, int nMembers, const int* members);
 ncclResult_t listen(void* ctx, int dev, void* handle, void** listenComm);
 // trafficClass: NCCL_NET_TRAFFIC_CLASS_UNDEF leaves the ctx's.
 ncclResult_t connect(void* ctx, int dev, int trafficClass, void* handle, void** sendComm);

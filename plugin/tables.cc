@@ -92,6 +92,14 @@ ncclResult_t irecv8(void* recvComm, int n, void** data, int* sizes, int* tags, v
   return irecv(recvComm, n, data, bytes, tags, mhandles, request);
 }
 
+// ---- v9 and later: devices that are several ----
+
+template <class P> ncclResult_t makeVDevice9(int* dev, P* props) {
+  constexpr int most = sizeof(props->devs) / sizeof(props->devs[0]);
+  if (dev == nullptr || props == nullptr || props->ndevs < 0 || props->ndevs > most) return ncclInvalidArgument;
+  return makeVDevice(dev, props->ndevs, props->devs);
+}
+
 // ---- v10 and later: handles for the profiler ----
 
 ncclResult_t isend10(void* sendComm, void* data, size_t size, int tag, void* mhandle, void*, void** request) {
@@ -124,17 +132,18 @@ EXPORTED const ncclNet_v8_t ncclNetPlugin_v8 = {
 
 EXPORTED const ncclNet_v9_t ncclNetPlugin_v9 = {
   pluginName, init8, devices, getProperties9, listen8,   connect8,  accept8,     regMr,   regMrDmaBuf, deregMr,
-  isend,      irecv, iflush,  test,           closeComm, closeComm, closeListen, nullptr, nullptr,     nullptr};
+  isend,      irecv, iflush,  test,           closeComm, closeComm, closeListen, nullptr, nullptr,     makeVDevice9};
 
 EXPORTED const ncclNet_v10_t ncclNetPlugin_v10 = {
   pluginName, init10,  devices, getProperties9, listen8,   connect10, accept8,     regMr,   regMrDmaBuf, deregMr,
-  isend10,    irecv10, iflush,  test,           closeComm, closeComm, closeListen, nullptr, nullptr,     nullptr};
+  isend10,    irecv10, iflush,  test,           closeComm, closeComm, closeListen, nullptr, nullptr,     makeVDevice9};
 
 EXPORTED const ncclNet_v11_t ncclNetPlugin_v11 = {
   pluginName,  init11,  devices, getProperties11, listen,   connect11, accept8,   regMr,
   regMrDmaBuf, deregMr, isend10, irecv10,         iflush,   test,      closeComm, closeComm,
-  closeListen, nullptr, nullptr, nullptr,         finalize, nullptr};
+  closeListen, nullptr, nullptr, makeVDevice9,    finalize, nullptr};
 
 EXPORTED const ncclNet_v12_t ncclNetPlugin_v12 = {
-  pluginName, init11, devices, getProperties, listen,    connect11,   accept8, regMr,   regMrDmaBuf, deregMr,  isend10,
-  irecv10,    iflush, test,    closeComm,     closeComm, closeListen, nullptr, nullptr, nullptr,     finalize, nullptr};
+  pluginName,  init11,  devices, getProperties, listen,   connect11, accept8,   regMr,
+  regMrDmaBuf, deregMr, isend10, irecv10,       iflush,   test,      closeComm, closeComm,
+  closeListen, nullptr, nullptr, makeVDevice9,  finalize, nullptr};

@@ -2,6 +2,8 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "base/param.h"
 #include "net/transport.h"
@@ -44,8 +46,18 @@ class EngineImpl : public Engine {
     if (transport_ == nullptr) MOECHECK(makeTcpTransport(&stats_, &transport_));
     return ncclSuccess;
   }
-  int nDevices() const override { return static_cast<int>(transport_->devices().size()); }
-  const DeviceInfo& device(int dev) const override { return transport_->devices()[dev]; }
+  int nDevices() const override { return transport_->nDevices(); }
+  const DeviceInfo& device(int dev) const override { return transport_->device(dev); }
+  ncclResult_t merge(const std::vector<int>& members, int* dev) override {
+    if (members.empty()) return fail(ncclInvalidArgument, "a merged device needs members");
+    for (size_t i = 0; i < members.size(); i++) {
+      MOECHECK(check(members[i]));
+      if (std::count(members.begin(), members.end(), members[i]) != 1) {
+        return fail(ncclInvalidArgument, "device %d is a member of a merged device twice", members[i]);
+      }
+    }
+    return transport_->merge(members, dev);
+  }
   void writeStats() const override { stats_.write(); }
   ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) override {
     MOECHECK(check(dev));

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "nccl_moe.h"
 
@@ -43,6 +44,7 @@ struct DeviceInfo {
   float latencyUs = 0;
   int maxConnections = 0;
   int maxRecvs = 1;
+  std::vector<int> members; // of a merged device
 };
 
 // Traffic that networks may keep apart; each kind has its own service level and traffic class.
@@ -68,7 +70,8 @@ struct Memory {
 struct RemoteRegion {
   uint64_t base = 0;
   uint64_t bytes = 0;
-  uint64_t key = 0;
+  uint64_t key = 0;          // tcp: of the region; verbs: how many ports there are; 0: no region
+  uint32_t portKeys[4] = {}; // verbs: by port
 };
 
 struct Region {
@@ -134,6 +137,9 @@ class Engine {
   virtual ~Engine() = default;
   virtual int nDevices() const = 0;
   virtual const DeviceInfo& device(int dev) const = 0;
+  // Makes a device whose connections use several others (verbs ports of one link layer) together: messages are striped
+  // over them, and a connection goes on as long as one of them works.  The same members give the same device.
+  virtual ncclResult_t merge(const std::vector<int>& members, int* dev) = 0;
   // Writes the counters of closed connections to NCCL_MOE_NET_STATS; the destructor does too.
   virtual void writeStats() const = 0;
   // Writes handleBytes to handle, which the peer passes to connector.

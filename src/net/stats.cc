@@ -23,10 +23,19 @@ nlohmann::json toJson(const Counters& c) {
   for (int i = 0; i < Counters::nBuckets; i++) {
     if (c.latencyUs[i] != 0) histogram[std::to_string(uint64_t{1} << i)] = c.latencyUs[i];
   }
-  return {
-    {"sends", c.sends},     {"sendBytes", c.sendBytes}, {"receives", c.receives}, {"receiveBytes", c.receiveBytes},
-    {"puts", c.puts},       {"putBytes", c.putBytes},   {"signals", c.signals},   {"flushes", c.flushes},
-    {"retries", c.retries}, {"errors", c.errors},       {"maxDepth", c.maxDepth}, {"latencyBelowUs", histogram}};
+  return {{"sends", c.sends},
+          {"sendBytes", c.sendBytes},
+          {"receives", c.receives},
+          {"receiveBytes", c.receiveBytes},
+          {"puts", c.puts},
+          {"putBytes", c.putBytes},
+          {"signals", c.signals},
+          {"flushes", c.flushes},
+          {"retries", c.retries},
+          {"errors", c.errors},
+          {"failovers", c.failovers},
+          {"maxDepth", c.maxDepth},
+          {"latencyBelowUs", histogram}};
 }
 
 } // namespace
@@ -50,6 +59,7 @@ void Counters::add(const Counters& o) {
   flushes += o.flushes;
   retries += o.retries;
   errors += o.errors;
+  failovers += o.failovers;
   maxDepth = std::max(maxDepth, o.maxDepth);
   for (int i = 0; i < nBuckets; i++) latencyUs[i] += o.latencyUs[i];
 }

@@ -14,6 +14,7 @@ struct Counters {
   uint64_t sends = 0, sendBytes = 0, receives = 0, receiveBytes = 0, puts = 0, putBytes = 0, signals = 0, flushes = 0;
   uint64_t retries = 0; // operations that found no room and were left to be tried again
   uint64_t errors = 0;
+  uint64_t failovers = 0;            // paths that failed while others carried on
   uint64_t depth = 0, maxDepth = 0;  // requests outstanding
   uint64_t latencyUs[nBuckets] = {}; // [i]: requests that took less than 2^i microseconds (the last: all longer ones)
 

@@ -186,7 +186,11 @@ class TcpTransport : public Transport {
     }
     return ncclSuccess;
   }
-  const std::vector<DeviceInfo>& devices() const override { return devices_; }
+  int nDevices() const override { return static_cast<int>(devices_.size()); }
+  const DeviceInfo& device(int dev) const override { return devices_[dev]; }
+  ncclResult_t merge(const std::vector<int>&, int*) override {
+    return fail(ncclInvalidUsage, "the tcp transport does not merge devices");
+  }
   ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) override {
     auto fresh = std::make_unique<TcpListener>(&context_, devices_[dev].name);
     MOECHECK(fresh->open(interfaces_[dev].address, jobToken(config.commId)));

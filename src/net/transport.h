@@ -14,7 +14,9 @@ namespace net {
 class Transport {
  public:
   virtual ~Transport() = default;
-  virtual const std::vector<DeviceInfo>& devices() const = 0;
+  virtual int nDevices() const = 0;
+  virtual const DeviceInfo& device(int dev) const = 0;
+  virtual ncclResult_t merge(const std::vector<int>& members, int* dev) = 0;
   virtual ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) = 0;
   virtual ncclResult_t connector(int dev, const CommConfig& config, const void* handle,
                                  std::unique_ptr<Connector>* connector) = 0;

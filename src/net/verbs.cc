@@ -2,6 +2,7 @@
 // reply (the listener's), and ready, after which the receiver may write into the sender's memory.
 #include <algorithm>
 #include <list>
+#include <mutex>
 
 #include "base/error.h"
 #include "base/param.h"
@@ -14,7 +15,7 @@ namespace net {
 namespace {
 
 IntParam queuesParam{"NCCL_MOE_NET_QPS", 2, 1, static_cast<int64_t>(maxQueues),
-                     "queue pairs per RDMA connection that carry data"};
+                     "queue pairs per RDMA connection and port that carry data"};
 StringParam oobParam{
   "NCCL_MOE_NET_OOB_IFNAME", "",
   "interfaces for the handshake of RDMA connections, in the form of NCCL_MOE_NET_IFNAME; empty: that"};
@@ -26,8 +27,8 @@ Bytes bodyBytes(const VerbsBody& body) {
 
 class VerbsListener : public Listener {
  public:
-  VerbsListener(const VerbsPort& port, const CommConfig& config, Stats* stats)
-    : port_(port), config_(config), stats_(stats) {}
+  VerbsListener(PortGroup* group, const CommConfig& config, Stats* stats)
+    : group_(group), config_(config), stats_(stats) {}
   ncclResult_t open(const Address& address) {
     return acceptor_.open(address, TransportKind::verbs, jobToken(config_.commId));
   }
@@ -76,14 +77,16 @@ class VerbsListener : public Listener {
   ncclResult_t answer(std::unique_ptr<Peer> peer) {
     VerbsBody theirs;
     const ParseResult parsed = parseVerbsBody(peer->body.data(), peer->body.size(), &theirs);
-    if (parsed != ParseResult::ok || (theirs.infiniband != 0) != port_.infiniband) {
+    const bool infiniband = group_->ports()[0].infiniband;
+    if (parsed != ParseResult::ok || (theirs.path[0].infiniband != 0) != infiniband) {
       MOE_INFO("turned %s away: %s", peer->name.c_str(),
                parsed != ParseResult::ok ? parseResultText(parsed) : "one side is InfiniBand and the other RoCE");
       acceptor_.reject(peer->sockets[0].get(), RejectStatus::parameters);
       return ncclSuccess;
     }
     Pending pending;
-    ncclResult_t result = VerbsConnection::create(port_, config_, false, theirs.nQueues, stats_, &pending.connection);
+    ncclResult_t result =
+      VerbsConnection::create(group_, config_, false, theirs.nPaths, theirs.nQueues, stats_, &pending.connection);
     if (result == ncclSuccess) result = pending.connection->establish(theirs, peer->name);
     if (result != ncclSuccess) {
       acceptor_.reject(peer->sockets[0].get(), RejectStatus::resources);
@@ -101,7 +104,7 @@ class VerbsListener : public Listener {
     return ncclSuccess;
   }
 
-  const VerbsPort port_;
+  PortGroup* const group_;
   const CommConfig config_;
   Stats* stats_;
   Acceptor acceptor_;
@@ -110,11 +113,12 @@ class VerbsListener : public Listener {
 
 class VerbsConnector : public Connector {
  public:
-  VerbsConnector(const VerbsPort& port, const CommConfig& config, Stats* stats)
-    : port_(port), config_(config), stats_(stats) {}
+  VerbsConnector(PortGroup* group, const CommConfig& config, Stats* stats)
+    : group_(group), config_(config), stats_(stats) {}
   ncclResult_t open(const Handle& handle) {
-    const auto nQueues = static_cast<uint32_t>(queuesParam.get());
-    MOECHECK(VerbsConnection::create(port_, config_, true, nQueues, stats_, &connection_));
+    const auto nPaths = static_cast<uint32_t>(group_->ports().size());
+    const uint32_t each = std::min(static_cast<uint32_t>(queuesParam.get()), maxQueues / nPaths);
+    MOECHECK(VerbsConnection::create(group_, config_, true, nPaths, nPaths * each, stats_, &connection_));
     token_ = jobToken(config_.commId);
     return dialer_.open(handle, 1, 0, bodyBytes(connection_->describe()), token_);
   }
@@ -145,7 +149,7 @@ class VerbsConnector : public Connector {
   }
 
  private:
-  const VerbsPort port_;
+  PortGroup* const group_;
   const CommConfig config_;
   Stats* stats_;
   std::string token_;
@@ -159,28 +163,61 @@ class VerbsTransport : public Transport {
  public:
   explicit VerbsTransport(Stats* stats) : stats_(stats) {}
   ncclResult_t open(std::string* why) {
-    MOECHECK(findVerbsPorts(&ports_, why));
-    if (ports_.empty()) return ncclSuccess;
+    std::vector<VerbsPort> ports;
+    MOECHECK(findVerbsPorts(&ports, why));
+    if (ports.empty()) return ncclSuccess;
     std::vector<Interface> interfaces;
     MOECHECK(findInterfaces(oobParam.get().empty() ? interfaceFilter() : oobParam.get(), &interfaces));
     if (interfaces.empty()) {
       *why = "there is no network interface for the handshake of RDMA connections";
-      ports_.clear();
       return ncclSuccess;
     }
     oob_ = interfaces[0].address;
     std::vector<std::shared_ptr<VerbsContext>> contexts;
-    for (const VerbsPort& port : ports_) {
-      devices_.push_back(port.info);
+    for (const VerbsPort& port : ports) {
+      groups_.push_back(std::make_unique<PortGroup>(std::vector<VerbsPort>{port}));
       if (std::find(contexts.begin(), contexts.end(), port.context) == contexts.end()) {
         contexts.push_back(port.context);
       }
     }
     return events_.start(std::move(contexts));
   }
-  const std::vector<DeviceInfo>& devices() const override { return devices_; }
+  int nDevices() const override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<int>(groups_.size());
+  }
+  const DeviceInfo& device(int dev) const override { return group(dev)->info(); }
+  ncclResult_t merge(const std::vector<int>& members, int* dev) override {
+    if (members.size() > maxPaths) {
+      return fail(ncclInvalidArgument, "%zu members are more than the %u that a merged device can have", members.size(),
+                  maxPaths);
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<VerbsPort> ports;
+    for (int member : members) {
+      const PortGroup& one = *groups_[static_cast<size_t>(member)];
+      if (one.ports().size() != 1) {
+        return fail(ncclInvalidArgument, "device %d (%s) is a merged one itself", member, one.info().name.c_str());
+      }
+      ports.push_back(one.ports()[0]);
+      if (ports.back().infiniband != ports[0].infiniband) {
+        return fail(ncclInvalidArgument, "device %d (%s) is %s, device %d (%s) is not", member, one.info().name.c_str(),
+                    ports.back().infiniband ? "InfiniBand" : "RoCE", members[0], ports[0].info.name.c_str());
+      }
+    }
+    *dev = members[0];
+    if (members.size() == 1) return ncclSuccess;
+    for (*dev = 0; static_cast<size_t>(*dev) < groups_.size(); ++*dev) {
+      if (groups_[static_cast<size_t>(*dev)]->info().members == members) return ncclSuccess;
+    }
+    auto fresh = std::make_unique<PortGroup>(std::move(ports));
+    fresh->info().members = members;
+    MOE_INFO("NET verbs device %d: %s, %d Mbit/s", *dev, fresh->info().name.c_str(), fresh->info().speedMbps);
+    groups_.push_back(std::move(fresh));
+    return ncclSuccess;
+  }
   ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) override {
-    auto fresh = std::make_unique<VerbsListener>(ports_[dev], config, stats_);
+    auto fresh = std::make_unique<VerbsListener>(group(dev), config, stats_);
     MOECHECK(fresh->open(oob_));
     memcpy(handle, &fresh->handle(), sizeof(Handle));
     *listener = std::move(fresh);
@@ -197,16 +234,21 @@ class VerbsTransport : public Transport {
       return fail(ncclInvalidUsage, "handle: the peer uses tcp and this process verbs; set NCCL_MOE_NET_TRANSPORT "
                                     "alike on all ranks");
     }
-    auto fresh = std::make_unique<VerbsConnector>(ports_[dev], config, stats_);
+    auto fresh = std::make_unique<VerbsConnector>(group(dev), config, stats_);
     MOECHECK(fresh->open(parsed));
     *connector = std::move(fresh);
     return ncclSuccess;
   }
 
  private:
+  PortGroup* group(int dev) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return groups_[static_cast<size_t>(dev)].get();
+  }
+
   Stats* stats_;
-  std::vector<VerbsPort> ports_;
-  std::vector<DeviceInfo> devices_;
+  mutable std::mutex mutex_;                       // of groups_, which grows
+  std::vector<std::unique_ptr<PortGroup>> groups_; // they stay where they are
   Address oob_;
   VerbsEvents events_; // ends before the devices do
 };
@@ -217,7 +259,7 @@ ncclResult_t makeVerbsTransport(Stats* stats, std::unique_ptr<Transport>* transp
   transport->reset();
   auto fresh = std::make_unique<VerbsTransport>(stats);
   MOECHECK(fresh->open(why));
-  if (!fresh->devices().empty()) *transport = std::move(fresh);
+  if (fresh->nDevices() > 0) *transport = std::move(fresh);
   return ncclSuccess;
 }
 

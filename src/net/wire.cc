@@ -137,11 +137,25 @@ ParseResult parseVerbsBody(const void* bytes, size_t n, VerbsBody* body) {
   if (n < sizeof(VerbsBody)) return ParseResult::badLength;
   memcpy(body, bytes, sizeof(VerbsBody));
   body->device[sizeof(body->device) - 1] = '\0';
-  if (body->nQueues < 1 || body->nQueues > maxQueues || body->mtu < 1 || body->mtu > 5) return ParseResult::badField;
+  if (body->nPaths < 1 || body->nPaths > maxPaths || body->nQueues < body->nPaths || body->nQueues > maxQueues ||
+      body->nQueues % body->nPaths != 0) {
+    return ParseResult::badField;
+  }
+  for (uint32_t i = 0; i < body->nPaths; i++) {
+    if (body->path[i].mtu < 1 || body->path[i].mtu > 5) return ParseResult::badField;
+  }
   for (uint32_t i = 0; i < body->nQueues; i++) {
     if (body->queueNumber[i] >= (1u << 24)) return ParseResult::badField;
   }
   return ParseResult::ok;
+}
+
+ParseResult parsePathDown(const void* bytes, size_t n, uint32_t nPaths, PathDown* message) {
+  if (n < sizeof(PathDown)) return ParseResult::badLength;
+  memcpy(message, bytes, sizeof(PathDown));
+  if (message->magic != wireMagic) return ParseResult::badMagic;
+  if (message->bytes != sizeof(PathDown)) return ParseResult::badLength;
+  return message->path < nPaths ? ParseResult::ok : ParseResult::badField;
 }
 
 ParseResult parseMessage(const void* bytes, size_t n, bool toReceiver, uint64_t inlineMax, MessageHeader* header) {

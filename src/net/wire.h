@@ -13,7 +13,7 @@ namespace moe {
 namespace net {
 
 constexpr uint32_t wireMagic = 0x4e454f4d; // "MOEN"
-constexpr uint16_t wireVersion = 1;
+constexpr uint16_t wireVersion = 2;
 constexpr uint32_t maxBodyBytes = 4096;
 constexpr int maxSockets = 64;
 
@@ -87,22 +87,42 @@ struct TcpBody {
 static_assert(sizeof(TcpBody) == 64, "wire format");
 
 constexpr uint32_t maxQueues = 32;
-struct VerbsBody {
-  uint32_t nQueues = 0;
+constexpr uint32_t maxPaths = 4;
+// A path is a port of this side with a port of the other; queue pair i belongs to path i modulo nPaths.
+struct VerbsPathBody {
   uint32_t remoteKey = 0; // of the control memory
-  uint32_t queueNumber[maxQueues] = {};
-  uint8_t gid[16] = {};
   uint16_t lid = 0;
   uint8_t mtu = 0; // ibv_mtu
   uint8_t infiniband = 0;
-  uint32_t reserved = 0;
-  uint64_t base = 0; // of the control memory
-  char device[40] = {};
+  uint8_t gid[16] = {};
 };
-static_assert(sizeof(VerbsBody) == 208 && std::is_trivially_copyable<VerbsBody>::value, "wire format");
+struct VerbsBody {
+  uint32_t nQueues = 0;
+  uint32_t nPaths = 0;
+  uint32_t queueNumber[maxQueues] = {};
+  VerbsPathBody path[maxPaths];
+  uint64_t base = 0; // of the control memory
+  char device[64] = {};
+};
+static_assert(sizeof(VerbsBody) == 304 && std::is_trivially_copyable<VerbsBody>::value, "wire format");
+
+// Over the socket of a verbs connection: this side's queue pairs of a path are in the error state, and none of its
+// writes will come any more.  From a receiver it tells what has come: the group that a slot had last (its number plus
+// one, 0: none), and the pieces of each of its members (all ones: the whole message).
+constexpr uint32_t pathDownSlots = 32, pathDownMembers = 8;
+struct PathDown {
+  uint32_t magic = wireMagic;
+  uint32_t bytes = 16 + pathDownSlots * (4 + pathDownMembers * 4);
+  uint32_t path = 0;
+  uint32_t reserved = 0;
+  uint32_t sequence[pathDownSlots] = {};
+  uint32_t arrived[pathDownSlots][pathDownMembers] = {};
+};
+static_assert(sizeof(PathDown) == 1168 && std::is_trivially_copyable<PathDown>::value, "wire format");
 
 ParseResult parseTcpBody(const void* bytes, size_t n, TcpBody* body);
 ParseResult parseVerbsBody(const void* bytes, size_t n, VerbsBody* body);
+ParseResult parsePathDown(const void* bytes, size_t n, uint32_t nPaths, PathDown* message);
 
 // ---- the TCP transport ----
 

@@ -60,6 +60,7 @@ void pushCqe(Cq& cq, Qp& qp, Cqe entry) {
   cq.delayed.push_back(entry);
   s.delaying.insert(&cq);
   promoteDelayed(cq, s.delayUs > 0 ? Clock::now() : Time());
+  if (!cq.delayed.empty()) engineWake(); // it keeps the time
 }
 
 void resetQueues(Qp& qp) {

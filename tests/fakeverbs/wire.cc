@@ -142,7 +142,7 @@ bool sendFragment(Qp& qp, Time now) {
     if (s.reorder && !qp.stalled) {
       qp.stalled = true;
       if (s.random() % 4 == 0) {
-        qp.holdUntil = now + std::chrono::microseconds(s.random() % 500);
+        qp.holdUntil = now + std::chrono::microseconds(1 + s.random() % 500); // not now: the timer is for later
         return false;
       }
     }

@@ -141,13 +141,22 @@ TEST(RegistrationCache, RandomOrderNeitherLeaksNorMixesUp) {
 TEST(Immediate, RoundTrip) {
   for (uint32_t slot : {0u, 1u, 31u}) {
     for (uint32_t member : {0u, 7u}) {
-      for (bool striped : {false, true}) {
-        for (uint32_t size : {0u, 1u, Immediate::sizeInRecord - 1, Immediate::sizeInRecord}) {
-          const Immediate out = Immediate::unpack(Immediate{slot, member, striped, size}.pack());
+      for (uint32_t size : {0u, 1u, Immediate::sizeInRecord - 1, Immediate::sizeInRecord}) {
+        const Immediate out = Immediate::unpack(Immediate{slot, member, 0, 1, size}.pack());
+        EXPECT_EQ(out.slot, slot);
+        EXPECT_EQ(out.member, member);
+        EXPECT_EQ(out.pieces, 1u);
+        EXPECT_EQ(out.piece, 0u);
+        EXPECT_EQ(out.size, size);
+      }
+      for (uint32_t pieces = 2; pieces <= maxQueues; pieces++) {
+        for (uint32_t piece = 0; piece < pieces; piece++) {
+          const Immediate out = Immediate::unpack(Immediate{slot, member, piece, pieces, 12345}.pack());
           EXPECT_EQ(out.slot, slot);
           EXPECT_EQ(out.member, member);
-          EXPECT_EQ(out.striped, striped);
-          EXPECT_EQ(out.size, size);
+          EXPECT_EQ(out.pieces, pieces);
+          EXPECT_EQ(out.piece, piece);
+          EXPECT_EQ(out.size, Immediate::sizeInRecord); // has no room in it
         }
       }
     }
@@ -187,17 +196,35 @@ TEST(UsableNics, ListsAndExclusions) {
 
 TEST(VerbsBody, Parses) {
   VerbsBody body, out;
-  body.nQueues = 2;
-  body.mtu = 5;
+  body.nQueues = 4;
+  body.nPaths = 2;
+  body.path[0].mtu = body.path[1].mtu = 5;
   EXPECT_EQ(parseVerbsBody(&body, sizeof(body), &out), ParseResult::ok);
   EXPECT_EQ(parseVerbsBody(&body, sizeof(body) - 1, &out), ParseResult::badLength);
-  VerbsBody bad = body;
-  bad.nQueues = maxQueues + 1;
-  EXPECT_EQ(parseVerbsBody(&bad, sizeof(bad), &out), ParseResult::badField);
-  bad = body;
-  bad.queueNumber[1] = 1u << 24;
-  EXPECT_EQ(parseVerbsBody(&bad, sizeof(bad), &out), ParseResult::badField);
-  bad = body;
-  bad.mtu = 6;
-  EXPECT_EQ(parseVerbsBody(&bad, sizeof(bad), &out), ParseResult::badField);
+  const auto bad = [&](auto change) {
+    VerbsBody changed = body;
+    change(&changed);
+    return parseVerbsBody(&changed, sizeof(changed), &out) == ParseResult::badField;
+  };
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->nQueues = maxQueues + 2; }));
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->nQueues = 0; }));
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->nQueues = 3; })); // not the same for each path
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->nPaths = 0; }));
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->nPaths = maxPaths + 1; }));
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->queueNumber[3] = 1u << 24; }));
+  EXPECT_TRUE(bad([](VerbsBody* b) { b->path[1].mtu = 6; }));
+}
+
+TEST(PathDown, Parses) {
+  PathDown message, out;
+  message.path = 1;
+  message.arrived[31][7] = 77;
+  EXPECT_EQ(parsePathDown(&message, sizeof(message), 2, &out), ParseResult::ok);
+  EXPECT_EQ(out.arrived[31][7], 77u);
+  EXPECT_EQ(parsePathDown(&message, sizeof(message), 1, &out), ParseResult::badField);
+  EXPECT_EQ(parsePathDown(&message, sizeof(message) - 1, 2, &out), ParseResult::badLength);
+  message.bytes++;
+  EXPECT_EQ(parsePathDown(&message, sizeof(message), 2, &out), ParseResult::badLength);
+  message.magic++;
+  EXPECT_EQ(parsePathDown(&message, sizeof(message), 2, &out), ParseResult::badMagic);
 }

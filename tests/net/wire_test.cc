@@ -48,7 +48,7 @@ TEST(Wire, HandleParses) {
   bytes.assign(128, 0xff);
   EXPECT_EQ(parseHandle(bytes.data(), 128, &out), ParseResult::badMagic);
   Handle bad = handle;
-  bad.version = 2;
+  bad.version = wireVersion + 1;
   EXPECT_EQ(parseHandle(&bad, 128, &out), ParseResult::badVersion);
   bad = handle;
   bad.family = 5;
