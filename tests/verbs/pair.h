@@ -49,7 +49,7 @@ class VerbsPair : public testing::Test {
   int merged(const std::vector<int>& members);
   void connect(int senderDev, int receiverDev);
   static bool eventually(const std::function<bool()>& condition, double seconds = 20);
-  // Polls both ends until the request is done; false, with lastError, if one of them fails.
+  // Polls both ends until the request is done; false, with lastError, if its own end fails.
   bool finish(Connection* connection, Request* request, size_t* bytes = nullptr);
   // So many messages of random sizes up to maxBytes, in groups of up to maxMembers, whose data and order are compared.
   // Before message `at` is posted, `then` is called.  The results are the first errors of each side.
