@@ -137,7 +137,7 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
   uint64_t start = 0;
 #pragma unroll 1
   for (uint32_t polls = 1; !ready(); polls++) {
-    if (polls % kPollsBetweenChecks != 0) continue;
+    if (__builtin_expect(polls % kPollsBetweenChecks != 0, 1)) continue;
     if (start == 0) start = globalTimerNs();
     const Progress progress = goOn(c, phase, peer, tag, start, mayStall);
     if (progress != Progress::done) return progress;
@@ -165,7 +165,7 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
       if ((missing >> i & 1) != 0 && !isEmpty(got[i])) missing &= ~(1u << i);
     }
     if (__all_sync(~0u, missing == 0)) return Progress::done;
-    if (polls % kPollsBetweenChecks != 0) continue;
+    if (__builtin_expect(polls % kPollsBetweenChecks != 0, 1)) continue;
     if (start == 0) start = globalTimerNs();
     Progress progress = Progress::done;
     if (missing != 0) {

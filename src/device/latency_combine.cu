@@ -96,7 +96,7 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
     storePacket(record + place.at[i], sum[i]);
     looksEmpty = looksEmpty || isEmpty(sum[i]);
   }
-  if (__any_sync(~0u, looksEmpty)) sendLiteral(v, call, owner, rank, t, 1 + segment);
+  if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, rank, t, 1 + segment);
 }
 
 __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call& call, int owner, int t, int segment,
@@ -120,7 +120,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
       looksEmpty = looksEmpty || isEmpty(packet);
     }
     if (lane == 0) storePacket(record + v.layout.extrasOf(segment), make_uint4(w, 0, 0, 0)); // never looks empty
-    if (__any_sync(~0u, looksEmpty)) sendLiteral(v, call, owner, k, t, 1 + segment);
+    if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, k, t, 1 + segment);
   }
 }
 
@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =
         receiveItem<T>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
-      if (progress == Progress::failed) break;
-      if (progress == Progress::stalled) {
+      if (__builtin_expect(progress == Progress::failed, 0)) break;
+      if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();
         working = true;
         break;

@@ -133,7 +133,7 @@ __device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call&
   }
   const unsigned same = __match_any_sync(~0u, home.position >= 0 ? home.position : -1 - lane);
   const bool repeated = (same & ((1u << lane) - 1)) != 0;
-  if (report && (bad || repeated)) {
+  if (__builtin_expect(report && (bad || repeated), 0)) {
     reportIndex(a, call, bad ? kOutcomeIndexRange : kOutcomeIndexRepeated, t, lane, expert);
   }
   if (repeated) home = Home{-1, -1};
@@ -259,7 +259,7 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
     });
     looksEmpty = isEmpty(packet[0]) || isEmpty(packet[1]) || isEmpty(extras);
   }
-  if (__any_sync(~0u, looksEmpty)) {
+  if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) {
     forEachRank(leaders, home, [&](int r) { sendLiteral(v, call, r, v.comm.rank, out.t, out.unit); });
   }
   return true;
@@ -346,7 +346,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
     }
     enough = most <= lists.capacity[threadIdx.x];
   }
-  if (__syncthreads_and(enough) != 0) return true;
+  if (__builtin_expect(__syncthreads_and(enough) != 0, 1)) return true;
     // It might be too small: everything is counted.
 #pragma unroll 1
   for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kThreads) lists.counts[i] = 0;
@@ -732,7 +732,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
     if (nArrivals < 0) { // the same in the whole block
       __syncthreads();   // the bitmaps are clear
       const Progress progress = gather(a, call, masked, buffer, lists, mayStall);
-      if (__syncthreads_or(progress != Progress::done) != 0) {
+      if (__builtin_expect(__syncthreads_or(progress != Progress::done) != 0, 0)) {
         if (__syncthreads_or(progress == Progress::failed) != 0) break;
         share = shares.unclaimed();
         allTaken = shares.allTaken;
@@ -756,8 +756,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
       const Progress progress = unit == 0
                                   ? receiveAux(a, call, lists, arrival, go, mayStall)
                                   : receiveSegment<kCast>(a, call, arrival, packetsOfLane, unit - 1, go, mayStall);
-      if (progress == Progress::failed) break;
-      if (progress == Progress::stalled) {
+      if (__builtin_expect(progress == Progress::failed, 0)) break;
+      if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();
         allTaken = shares.allTaken;
         working = true;
