@@ -215,7 +215,17 @@ CombineProblem randomCombine(Random& random, const World& world, const Reference
   c.exact = !rankMajor && chance(random, 0.4);
   c.weighted = !rankMajor && chance(random, 0.6);
   c.withGradWeights = chance(random, 0.4);
-  const bool wild = chance(random, 0.3);
+  fillCombine(random, reference, chance(random, 0.3), &c);
+  return c;
+}
+
+void fillCombine(Random& random, const Reference& reference, bool wild, CombineProblem* problem) {
+  const DispatchProblem& p = reference.problem();
+  CombineProblem& c = *problem;
+  const bool rankMajor = p.layout == ncclMoeLayoutRankMajor;
+  c.x.clear();
+  c.weights.clear();
+  c.gradWeights.clear();
   const size_t rowBytes = static_cast<size_t>(c.hidden) * elementBytes(c.type);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::uniform_real_distribution<float> weight(-1.0f, 1.0f);
@@ -242,7 +252,6 @@ CombineProblem randomCombine(Random& random, const World& world, const Reference
     c.weights.push_back(std::move(weights));
     c.gradWeights.push_back(std::move(gradients));
   }
-  return c;
 }
 
 DispatchStyle randomStyle(Random& random) {

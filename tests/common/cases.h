@@ -43,6 +43,8 @@ enum class Selections { uniform, groupLimited, oneRank, sparse, none };
 DispatchProblem randomDispatch(Random& random, const World& world, const DispatchProblem* kept = nullptr);
 // A combine problem of rows that random ranks might return after that dispatch.
 CombineProblem randomCombine(Random& random, const World& world, const Reference& reference);
+// Draws the tensors of a combine whose shape is set.  wild: also infinities and the like.
+void fillCombine(Random& random, const Reference& reference, bool wild, CombineProblem* problem);
 DispatchStyle randomStyle(Random& random);
 
 void fillSelections(Random& random, const World& world, Selections selections, int topK, Source* source);

@@ -14,8 +14,10 @@ void fill(uint64_t seed, DispatchProblem p, ExchangeCase* e) {
     for (float& w : source.topkWeights) w = std::uniform_real_distribution<float>(-1, 1)(random);
   }
   e->reference = std::make_unique<Reference>(p);
-  e->combine = randomCombine(random, e->world, *e->reference);
-  e->combine.exact = false;
+  e->combine.hidden = p.hidden; // one shape for all draws: a captured graph keeps it
+  e->combine.weighted = true;
+  e->combine.withGradWeights = true;
+  fillCombine(random, *e->reference, false, &e->combine);
 }
 
 } // namespace
