@@ -47,6 +47,12 @@ TEST(GpuExample, LayerOnAllGpus) {
   runLayer("");
 }
 
+// More tokens than latency mode takes.
+TEST(GpuExample, LayerWithManyTokens) {
+  NEED_GPUS(1);
+  runLayer(" -t 600");
+}
+
 // Experts without a token, and more of them on some ranks than on others.
 TEST(GpuExample, LayerWithFewTokensAndManyExperts) {
   NEED_GPUS(1);
