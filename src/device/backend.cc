@@ -96,6 +96,7 @@ class DeviceBackend : public Backend {
     : moe_(moe), config_(moe.config), bootstrap_(std::move(bootstrap)) {}
 
   ncclResult_t init() {
+    NvtxRange range("ncclMoeCommInit");
     CUDACHECK(cudaGetDevice(&device_));
     CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
     CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
@@ -108,7 +109,7 @@ class DeviceBackend : public Backend {
     }
     CUDACHECK(prepareRoute(sharedBytes_));
     CUDACHECK(preparePush());
-    CUDACHECK(prepareCombine(sharedBytes_));
+    CUDACHECK(prepareCombine(sharedBytes_, &combineShapes_));
     CUDACHECK(prepareLatencyDispatch());
     CUDACHECK(prepareLatencyCombine());
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
@@ -138,6 +139,7 @@ class DeviceBackend : public Backend {
   }
 
   ncclResult_t routingCreate(ncclMoeRouting& routing) override {
+    NvtxRange range("ncclMoeRoutingCreate");
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeRoutingCreate"));
     auto state = std::make_unique<DeviceRouting>();
@@ -146,6 +148,8 @@ class DeviceBackend : public Backend {
       if (bootstrap_->stuck()) (void)state->outcome.release(); // freeing would wait for the device
       return result;
     }
+    MOE_INFO("MoE routing %d: rank %d, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
+             routing.config.topK, routing.config.maxTokens, routing.config.layout, state->bytes >> 10);
     std::lock_guard<std::mutex> lock(liveMutex_);
     live_.push_back(state.get());
     routing.state = std::move(state);
@@ -243,6 +247,8 @@ class DeviceBackend : public Backend {
     route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
 
     const bool plainCopy = routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone;
+    MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, %d tokens of %d bytes, flags 0x%x", moe_.rank, state.id,
+              args.nTokens, push.rowBytes, args.flags);
     MOECHECK(follow(stream));
     launched_ = true;
     CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
@@ -277,12 +283,14 @@ class DeviceBackend : public Backend {
     combine.out = static_cast<char*>(args.out);
     combine.gradTopkWeights = args.gradTopkWeights;
     combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights, combine.exact ? 1 : 0});
+    MOE_TRACE("ncclMoeCombine: rank %d, routing %d, rows of %d bytes, flags 0x%x", moe_.rank, state.id,
+              combine.rowBytes, args.flags);
     const int maxTokens = routing.config.maxTokens;
     combine.nTokens = combine.exact ? layout_.exactTokens(routing.config.topK) : maxTokens;
     MOECHECK(follow(stream));
     launched_ = true;
     do {
-      CUDACHECK(launchCombine(combine, sms(args.numSms, kDefaultSms), sharedBytes_, stream));
+      CUDACHECK(launchCombine(combine, combineShapes_, sms(args.numSms, kDefaultSms), stream));
       combine.firstToken += combine.nTokens;
     } while (combine.firstToken < maxTokens);
     return followed(stream);
@@ -290,6 +298,7 @@ class DeviceBackend : public Backend {
 
   // The throughput kernels do the whole transfer in the first half.
   ncclResult_t complete(ncclMoeRouting& routing, cudaStream_t stream) override {
+    NvtxRange range("ncclMoeComplete");
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeComplete"));
     DeviceRouting& state = stateOf(routing);
@@ -722,6 +731,7 @@ class DeviceBackend : public Backend {
   std::unique_ptr<DeviceBootstrap> bootstrap_;
   int device_ = 0, smCount_ = 0, sharedBytes_ = 0;
   CommLayout layout_;
+  CombineShapes combineShapes_;
   HostMapped<Failure> failure_;
   HostMapped<int> abortFlag_;
   DeviceMemory tables_;

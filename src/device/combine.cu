@@ -13,26 +13,23 @@
 //   An EXACT combine is the same but that each of the rows goes to the owner by itself, with its weight, and stands there under
 // its token and selection.  There is room for the rows of a few tokens only, so the host launches one kernel, a call with an
 // epoch of its own, for each range of tokens.
-#include <algorithm>
-
 #include "device/row_sum.cuh"
 #include "device/token.cuh"
 
 namespace moe {
 namespace {
 
-constexpr int kThreads = 640;
-constexpr int kWarps = kThreads / 32;
+enum Kind : int { kRankMajor = 0, kExperts = 1, kExact = 2 };
+// As many as leave the registers that each needs, or as find shared memory.
+template <int kKind> constexpr int kWarps = kKind == kRankMajor ? 28 : 20;
 constexpr int kMaxReductionsPerPush = 2;
 
 // Lists this rank's rows of a token in the order of its selections; lane k knows whether selection k is here and its
 // slot.
 __device__ __forceinline__ int listOwn(const CombineArgs& a, RowList& list, bool here, int slot) {
   const int lane = threadIdx.x & 31;
-  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
-  unsigned rows = __ballot_sync(~0u, here);
-  if (rankMajor) rows &= -rows; // one row for all selections
-  if ((rows >> lane & 1) != 0) {
+  const unsigned rows = __ballot_sync(~0u, here);
+  if (here) {
     const int at = __popc(rows & ((1u << lane) - 1));
     list.rows[at] = reinterpret_cast<const uint4*>(a.x + static_cast<long long>(slot) * a.rowBytes);
     list.weights[at] = a.weights != nullptr ? a.weights[slot] : 1.0f;
@@ -46,44 +43,53 @@ __device__ __forceinline__ float* exactWeights(const CommView& c, char* window, 
   return reinterpret_cast<float*>(window + c.layout.scales + c.layout.slot(source, row) * c.layout.scaleStride);
 }
 
-__device__ __forceinline__ float gradOf(const CombineArgs& a, bool here, int slot) {
+template <int kKind> __device__ __forceinline__ float gradOf(const CombineArgs& a, bool here, int slot) {
   if (!here) return 0.0f;
-  if (a.routing.kind != ncclMoeLayoutRankMajor) return a.gradWeights[slot];
+  if (kKind != kRankMajor) return a.gradWeights[slot];
   return a.gradWeights[static_cast<long long>(slot) * a.routing.layout.topK + (threadIdx.x & 31)];
 }
 
-template <class T, bool kExact>
-__device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uint4* ring, int owner, int row,
-                                        uint32_t epoch) {
+template <class T, int kKind>
+__device__ __forceinline__ void sendRow(const CombineArgs& a, RowList& list, uint4* ring, RowMover& mover, int owner,
+                                        int row, uint32_t epoch) {
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
-  const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
-  const int entry = lane < k ? a.routing.ints(a.routing.layout.map)[mapIndex(a.routing, owner, row, lane)] : -1;
+  const int inLine = kKind == kRankMajor ? a.routing.perRank()[owner].recvBase + row : 0;
+  if constexpr (kKind == kRankMajor) {
+    mover.start(a.x + static_cast<long long>(inLine) * a.rowBytes, a.rowBytes);
+  }
+  int entry = -1;
+  if ((kKind != kRankMajor || a.withGrads) && lane < k) {
+    entry = a.routing.ints(a.routing.layout.map)[mapIndex(a.routing, owner, row, lane)];
+  }
   const bool here = entry >= 0;
-  const int slot = rankMajor ? a.routing.perRank()[owner].recvBase + row : entry;
-  const int nOwn = listOwn(a, list, here, slot);
+  const int slot = kKind == kRankMajor ? inLine : entry;
+  if (a.withGrads && lane < k) {
+    float* grads = reinterpret_cast<float*>(c.peer(owner) + c.layout.grads);
+    grads[c.layout.slot(c.rank, row) * c.layout.maxTopK + lane] = gradOf<kKind>(a, here, slot);
+  }
   uint4* to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.rowOf(owner, c.rank, row));
-  const int nVec = a.rowBytes / 16;
-  if constexpr (kExact) {
+  if constexpr (kKind == kRankMajor) {
+    // The sum of one row but for the signs of zeros and the payloads of NaNs, which the owner's sum levels.
+    mover.finish(&to, 1);
+  } else if constexpr (kKind == kExact) {
+    const int nOwn = listOwn(a, list, here, slot);
     if (here) exactWeights(c, c.peer(owner), c.rank, row)[lane] = a.weights != nullptr ? a.weights[slot] : 1.0f;
     const int token = a.routing.ints(a.routing.layout.tokens)[tokenIndex(a.routing, owner, row)] - a.firstToken;
     unsigned rest = __ballot_sync(~0u, here);
     for (int n = 0; n < nOwn; n++, rest &= rest - 1) {
       to = reinterpret_cast<uint4*>(c.peer(owner) + c.layout.exactRowOf(token, __ffs(rest) - 1, k));
-      copyRow<4, false>(list.rows[n], &to, 1, nVec);
+      mover.start(list.rows[n], a.rowBytes);
+      mover.finish(&to, 1);
     }
-  } else if (rankMajor) {
-    // The sum of one row but for the signs of zeros and the payloads of NaNs, which the owner's sum levels.
-    copyRow<4, false>(list.rows[0], &to, 1, nVec);
-  } else if (a.weights == nullptr) {
-    sumRows<T, Sum::plain>(list, nOwn, 0, 0, nVec, ring, to);
   } else {
-    sumRows<T, Sum::weighted>(list, nOwn, 0, 0, nVec, ring, to);
-  }
-  if (a.withGrads && lane < k) {
-    float* grads = reinterpret_cast<float*>(c.peer(owner) + c.layout.grads);
-    grads[c.layout.slot(c.rank, row) * c.layout.maxTopK + lane] = gradOf(a, here, slot);
+    const int nOwn = listOwn(a, list, here, slot);
+    if (a.weights == nullptr) {
+      sumRows<T, Sum::plain>(list, nOwn, 0, 0, a.rowBytes / 16, ring, to);
+    } else {
+      sumRows<T, Sum::weighted>(list, nOwn, 0, 0, a.rowBytes / 16, ring, to);
+    }
   }
   __syncwarp();
   if (lane == 0) {
@@ -111,7 +117,7 @@ __device__ __forceinline__ int listExact(const CombineArgs& a, RowList& list, co
 }
 
 // False if a row has not arrived (or, with wait, did not in time).
-template <class T, bool kExact>
+template <class T, int kKind>
 __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list, uint4* ring, int t, uint32_t epoch,
                                             bool wait) {
   const CommView& c = a.comm;
@@ -131,17 +137,16 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
   const int nVec = a.rowBytes / 16;
   uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
   int nRows = 0;
-  if constexpr (kExact) {
+  if constexpr (kKind == kExact) {
     nRows = listExact(a, list, token, t);
     if (nRows > 0) sumRows<T, Sum::weighted>(list, nRows, 0, 0, nVec, ring, out);
   } else {
     // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already what its
     // rank's sum would be and stands among them; several are summed first.
-    const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
     const unsigned remotes = __ballot_sync(~0u, remote);
     const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
-    const bool inLine = rankMajor && __any_sync(~0u, here);
-    const int nOwn = rankMajor ? 0 : listOwn(a, list, here, token.slot);
+    const bool inLine = kKind == kRankMajor && __any_sync(~0u, here);
+    const int nOwn = kKind == kRankMajor ? 0 : listOwn(a, list, here, token.slot);
     int order = nOwn;
     for (unsigned rest = remotes; rest != 0; rest &= rest - 1) {
       order += __shfl_sync(~0u, token.rank, __ffs(rest) - 1) < token.rank ? 1 : 0;
@@ -156,7 +161,7 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
     __syncwarp();
     nRows = nOwn + __popc(remotes) + (inLine ? 1 : 0);
     if (nRows > 0 && nOwn == 0) sumRows<T, Sum::plain>(list, nRows, 0, 0, nVec, ring, out);
-    if (nOwn > 0) sumRows<T, Sum::mixed>(list, nRows, nOwn, nBefore, nVec, ring, out);
+    if (kKind == kExperts && nOwn > 0) sumRows<T, Sum::mixed>(list, nRows, nOwn, nBefore, nVec, ring, out);
   }
   if (nRows == 0) {
     for (int v = lane; v < nVec; v += 32) out[v] = make_uint4(0, 0, 0, 0);
@@ -165,7 +170,7 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
     const float* grads = reinterpret_cast<const float*>(c.self + c.layout.grads);
     float grad = 0.0f;
     if (token.rank == c.rank) {
-      grad = gradOf(a, true, token.slot);
+      grad = gradOf<kKind>(a, true, token.slot);
     } else if (token.rank >= 0) {
       grad = __ldcg(grads + c.layout.slot(token.rank, token.row) * c.layout.maxTopK + lane);
     }
@@ -211,13 +216,15 @@ __device__ __forceinline__ int countBelow(const int* tokens, int n, int bound) {
   return low;
 }
 
-template <class T, bool kExact>
-__global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_constant__ CombineArgs a) {
-  __shared__ RowList lists[kWarps];
+template <class T, int kKind>
+__global__ void __launch_bounds__(32 * kWarps<kKind>, 1) combineKernel(const __grid_constant__ CombineArgs a) {
+  __shared__ RowList lists[kWarps<kKind>];
   __shared__ int firstRow[kMaxDeviceRanks], endRow[kMaxDeviceRanks]; // of each owner's, that are to be sent
   extern __shared__ uint4 rings[];
-  RowList& list = lists[threadIdx.x / 32];
-  uint4* ring = rings + threadIdx.x / 32 * (kSumSharedPerWarp / sizeof(uint4));
+  const int warp = threadIdx.x / 32;
+  RowList& list = lists[warp];
+  uint4* ring = rings + warp * (kRingBytes / sizeof(uint4));
+  RowMover mover(ring);
   const CommView& c = a.comm;
   Control* ctl = control(c);
   const RoutingLayout::State state = *a.routing.state();
@@ -229,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_consta
     const int r = threadIdx.x;
     firstRow[r] = 0;
     endRow[r] = perRank[r].recvRows;
-    if constexpr (kExact) {
+    if constexpr (kKind == kExact) {
       const int* tokens = a.routing.ints(a.routing.layout.tokens) + tokenIndex(a.routing, r, 0);
       firstRow[r] = countBelow(tokens, endRow[r], a.firstToken);
       endRow[r] = countBelow(tokens, endRow[r], a.firstToken + a.nTokens);
@@ -242,28 +249,31 @@ __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_consta
   }
   nSend *= c.nRanks - 1;
   bool sending = go && nSend > 0, reducing = go;
+  uint32_t nextSend = take(&ctl->pushNext), nextToken = take(&ctl->recvNext);
   int token = -1; // taken, but not yet reduced
   while (sending || reducing) {
     if (sending) {
-      const uint32_t item = claim(&ctl->pushNext);
+      const uint32_t item = taken(nextSend);
       sending = item < nSend;
       if (sending) {
+        nextSend = take(&ctl->pushNext);
         const int other = item % (c.nRanks - 1);
         const int owner = other + (other >= c.rank ? 1 : 0);
         const int row = firstRow[owner] + item / (c.nRanks - 1);
-        if (row < endRow[owner]) sendRow<T, kExact>(a, list, ring, owner, row, epoch);
+        if (row < endRow[owner]) sendRow<T, kKind>(a, list, ring, mover, owner, row, epoch);
       }
     }
     for (int n = 0; reducing && (!sending || n < kMaxReductionsPerPush); n++) {
       if (token < 0) {
-        const uint32_t item = claim(&ctl->recvNext);
+        const uint32_t item = taken(nextToken);
         if (static_cast<int>(item) >= nTokens) {
           reducing = false;
           break;
         }
+        nextToken = take(&ctl->recvNext);
         token = a.firstToken + item;
       }
-      if (!reduceToken<T, kExact>(a, list, ring, token, epoch, !sending)) {
+      if (!reduceToken<T, kKind>(a, list, ring, token, epoch, !sending)) {
         reducing = sending; // a wait that failed ends the kernel
         break;
       }
@@ -277,36 +287,39 @@ __global__ void __launch_bounds__(kThreads, 1) combineKernel(const __grid_consta
   }
 }
 
-} // namespace
-
-using Kernel = void (*)(CombineArgs);
-constexpr Kernel kKernels[3][2] = {{combineKernel<__nv_bfloat16, false>, combineKernel<__nv_bfloat16, true>},
-                                   {combineKernel<__half, false>, combineKernel<__half, true>},
-                                   {combineKernel<float, false>, combineKernel<float, true>}};
-
-// As many warps as there is shared memory for.
-static int nWarpsFor(size_t sharedBytes) {
-  constexpr size_t kFixed = sizeof(RowList) * kWarps + 2048;
-  return std::min(kWarps, static_cast<int>((sharedBytes - kFixed) / kSumSharedPerWarp));
-}
-
-cudaError_t prepareCombine(size_t sharedBytes) {
-  const int bytes = nWarpsFor(sharedBytes) * kSumSharedPerWarp;
+template <class T> cudaError_t prepare(size_t sharedBytes, BlockShape* shapes) {
+  const void* const kernels[] = {reinterpret_cast<const void*>(combineKernel<T, kRankMajor>),
+                                 reinterpret_cast<const void*>(combineKernel<T, kExperts>),
+                                 reinterpret_cast<const void*>(combineKernel<T, kExact>)};
   cudaError_t result = cudaSuccess;
-  for (const auto& ofType : kKernels) {
-    for (const Kernel kernel : ofType) {
-      if (result == cudaSuccess)
-        result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    }
+  for (int kind = 0; kind < 3 && result == cudaSuccess; kind++) {
+    result = shapeKernel(kernels[kind], kRingBytes, sharedBytes, &shapes[kind]);
   }
   return result;
 }
 
-cudaError_t launchCombine(const CombineArgs& args, int numSms, size_t sharedBytes, cudaStream_t stream) {
-  const int type = args.type == ncclBfloat16 ? 0 : args.type == ncclFloat16 ? 1 : 2;
-  const int nWarps = nWarpsFor(sharedBytes);
-  return launchKernel<CombineArgs>(kKernels[type][args.exact ? 1 : 0], numSms, 32 * nWarps, nWarps * kSumSharedPerWarp,
-                                   stream, args);
+template <class T>
+cudaError_t launch(const CombineArgs& args, const BlockShape* shapes, int numSms, cudaStream_t stream) {
+  const Kind kind = args.exact ? kExact : args.routing.kind == ncclMoeLayoutRankMajor ? kRankMajor : kExperts;
+  auto* kernel = kind == kExact       ? combineKernel<T, kExact>
+                 : kind == kRankMajor ? combineKernel<T, kRankMajor>
+                                      : combineKernel<T, kExperts>;
+  return launchKernel<CombineArgs>(kernel, numSms, shapes[kind].nThreads, shapes[kind].sharedBytes, stream, args);
+}
+
+} // namespace
+
+cudaError_t prepareCombine(size_t sharedBytes, CombineShapes* shapes) {
+  cudaError_t result = prepare<__nv_bfloat16>(sharedBytes, shapes->of[0]);
+  if (result == cudaSuccess) result = prepare<__half>(sharedBytes, shapes->of[1]);
+  if (result == cudaSuccess) result = prepare<float>(sharedBytes, shapes->of[2]);
+  return result;
+}
+
+cudaError_t launchCombine(const CombineArgs& args, const CombineShapes& shapes, int numSms, cudaStream_t stream) {
+  if (args.type == ncclBfloat16) return launch<__nv_bfloat16>(args, shapes.of[0], numSms, stream);
+  if (args.type == ncclFloat16) return launch<__half>(args, shapes.of[1], numSms, stream);
+  return launch<float>(args, shapes.of[2], numSms, stream);
 }
 
 } // namespace moe

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "device/layout.h"
@@ -98,6 +99,24 @@ struct CombineArgs {
   uint32_t signature;
 };
 
+// Threads and dynamic shared memory of a kernel's blocks on the communicator's device.
+struct BlockShape {
+  int nThreads = 0, sharedBytes = 0;
+};
+// As many warps as the kernel was compiled for, or as find sharedPerWarp bytes each in a block that may have sharedBytes.
+inline cudaError_t shapeKernel(const void* kernel, int sharedPerWarp, size_t sharedBytes, BlockShape* shape) {
+  cudaFuncAttributes attributes;
+  const cudaError_t result = cudaFuncGetAttributes(&attributes, kernel);
+  if (result != cudaSuccess) return result;
+  const int left = static_cast<int>(sharedBytes - attributes.sharedSizeBytes);
+  const int nWarps = std::min(attributes.maxThreadsPerBlock / 32, left / sharedPerWarp);
+  *shape = BlockShape{32 * nWarps, nWarps * sharedPerWarp};
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape->sharedBytes);
+}
+struct CombineShapes {
+  BlockShape of[3][3]; // type and kind of combine
+};
+
 // Shared memory of a block that the route kernel needs.
 size_t routeSharedNeeded(int nRanks, int nExperts);
 
@@ -105,7 +124,7 @@ size_t routeSharedNeeded(int nRanks, int nExperts);
 // kernels: loading one at its first launch can wait for the device, and so for a kernel that waits for a peer.
 cudaError_t prepareRoute(size_t sharedBytes);
 cudaError_t preparePush();
-cudaError_t prepareCombine(size_t sharedBytes);
+cudaError_t prepareCombine(size_t sharedBytes, CombineShapes* shapes);
 
 // Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.
 template <class Args>
@@ -117,6 +136,6 @@ cudaError_t launchKernel(void (*kernel)(Args), int nBlocks, int nThreads, size_t
 }
 cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream);
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
-cudaError_t launchCombine(const CombineArgs& args, int numSms, size_t sharedBytes, cudaStream_t stream);
+cudaError_t launchCombine(const CombineArgs& args, const CombineShapes& shapes, int numSms, cudaStream_t stream);
 
 } // namespace moe

@@ -18,10 +18,12 @@
 // T stands for maxTokens, K for top-k, rows and tables are aligned to 128 bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "base/hd.h"
+#include "routing/layout.h"
 
 namespace moe {
 
@@ -29,7 +31,6 @@ constexpr int kChunkTokens = 128;       // tokens that one block of the route ke
 constexpr int kMaxDeviceExperts = 8192; // the route kernel's bitmaps of a chunk lie in shared memory
 constexpr int kMaxDeviceRanks = 64;
 constexpr int kMaxWindows = 256;
-constexpr int kMaxScaleBytes = 4096;
 
 MOE_HD size_t align128(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
@@ -107,8 +108,7 @@ struct CommLayout {
   CommLayout(int ranks, int experts, int tokens, int topK, size_t maxRowBytes)
     : nRanks(ranks), nExperts(experts), maxTokens(tokens), maxTopK(topK), rowStride(align128(maxRowBytes)),
       // The fused cast makes 4 bytes per 128 elements of two bytes; a caller's scales may take as much as fits.
-      scaleStride(align128(
-        maxRowBytes / 16 < 256 ? 256 : (maxRowBytes / 16 > kMaxScaleBytes ? kMaxScaleBytes : maxRowBytes / 16))) {
+      scaleStride(align128(std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes))) {
     const size_t slots = static_cast<size_t>(ranks) * tokens;
     mailbox = align128(sizeof(Control));
     mailboxStride = align128(sizeof(Message) + sizeof(int) * (static_cast<size_t>(experts) + ranks));

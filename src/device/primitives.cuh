@@ -41,6 +41,11 @@ __device__ __forceinline__ uint4 loadOnce(const uint4* ptr) {
                : "l"(ptr));
   return v;
 }
+// A row's vector to this rank's memory or a peer's: the compiler, which does not know that it is global, would store generically.
+__device__ __forceinline__ void storeVector(uint4* ptr, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // A row that a peer wrote.
 __device__ __forceinline__ uint4 loadArrived(const uint4* ptr) {
   uint4 v;
@@ -101,31 +106,10 @@ __device__ __forceinline__ bool lastBlock(Control* ctl) {
   return last;
 }
 
-// One item of a counter for the whole warp.
-__device__ __forceinline__ uint32_t claim(uint32_t* counter) {
-  uint32_t item = 0;
-  if ((threadIdx.x & 31) == 0) item = atomicAdd(counter, 1u);
-  return __shfl_sync(~0u, item, 0);
+// Takes one item of a counter for the whole warp, which taken() learns later: the counter's latency passes meanwhile.
+__device__ __forceinline__ uint32_t take(uint32_t* counter) {
+  return (threadIdx.x & 31) == 0 ? atomicAdd(counter, 1u) : 0;
 }
-
-// Copies nVec 16-byte vectors from a row to nDst rows.
-template <int kUnroll, bool kArrived>
-__device__ __forceinline__ void copyRow(const uint4* from, uint4* const* to, int nDst, int nVec) {
-  const int lane = threadIdx.x & 31;
-  for (int v = lane; v < nVec; v += 32 * kUnroll) {
-    uint4 data[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (v + 32 * u < nVec) data[u] = kArrived ? loadArrived(from + v + 32 * u) : loadOnce(from + v + 32 * u);
-    }
-    for (int d = 0; d < nDst; d++) {
-      uint4* dst = to[d];
-#pragma unroll
-      for (int u = 0; u < kUnroll; u++) {
-        if (v + 32 * u < nVec) dst[v + 32 * u] = data[u];
-      }
-    }
-  }
-}
+__device__ __forceinline__ uint32_t taken(uint32_t item) { return __shfl_sync(~0u, item, 0); }
 
 } // namespace moe

@@ -24,6 +24,26 @@ struct WarpScratch {
   char* scales[32]; // where its scales go
 };
 
+// Copies nVec 16-byte vectors from a row to nDst rows.
+template <bool kArrived>
+__device__ __forceinline__ void copyRow(const uint4* from, uint4* const* to, int nDst, int nVec) {
+  const int lane = threadIdx.x & 31;
+  for (int v = lane; v < nVec; v += 32 * kUnroll) {
+    uint4 data[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (v + 32 * u < nVec) data[u] = kArrived ? loadArrived(from + v + 32 * u) : loadOnce(from + v + 32 * u);
+    }
+    for (int d = 0; d < nDst; d++) {
+      uint4* dst = to[d];
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        if (v + 32 * u < nVec) storeVector(dst + v + 32 * u, data[u]);
+      }
+    }
+  }
+}
+
 __device__ __forceinline__ void copyBytes(char* to, const char* from, int bytes) {
   const int lane = threadIdx.x & 31;
   if (((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 3) == 0) {
@@ -89,16 +109,15 @@ __device__ __forceinline__ void deliverScales(const PushArgs& a, const char* fro
     to[w * a.rows + slot] = reinterpret_cast<const uint32_t*>(from)[w];
 }
 
-// What is left to do with a row that has arrived, or (own) that this rank has put into all of its slots itself.
-__device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch, int source, int row) {
+// What is left to do with a row that has arrived, or (own) that this rank has put into all of its slots itself.  Lane k has
+// selection k's entry in the map and its weight.
+__device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch, int source, int row, int entry,
+                                        float weight) {
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
   const bool own = source == c.rank;
   const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
-  const size_t at = mapIndex(a.routing, source, row, lane);
-  const int entry = lane < k ? __ldcg(a.routing.ints(a.routing.layout.map) + at) : -1;
-  const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
   const char* scales = c.self + c.layout.scales + c.layout.slot(source, row) * c.layout.scaleStride;
   const int slot = rankMajor ? a.routing.perRank()[source].recvBase + row : entry;
   const unsigned targets = rankMajor ? 1u : __ballot_sync(~0u, entry >= 0);
@@ -117,15 +136,15 @@ __device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch,
     const char* from = a.recvDirect ? a.recvX + static_cast<long long>(firstSlot) * a.wireBytes
                                     : c.self + c.layout.rowOf(c.rank, source, row);
     if (copies != 0) {
-      copyRow<kUnroll, true>(reinterpret_cast<const uint4*>(from), scratch.rows, __popc(copies), a.wireBytes / 16);
+      copyRow<true>(reinterpret_cast<const uint4*>(from), scratch.rows, __popc(copies), a.wireBytes / 16);
     }
   }
   if (rankMajor) {
     const long long first = static_cast<long long>(slot) * k;
     if (a.recvTopkIdx != nullptr && lane < k) a.recvTopkIdx[first + lane] = entry;
-    if (a.recvWeights != nullptr && lane < k) a.recvWeights[first + lane] = __ldcg(weights + at);
+    if (a.recvWeights != nullptr && lane < k) a.recvWeights[first + lane] = weight;
   } else if (a.recvWeights != nullptr && entry >= 0) {
-    a.recvWeights[entry] = __ldcg(weights + at);
+    a.recvWeights[entry] = weight;
   }
   if (a.scaleBytes > 0) {
     for (unsigned rest = targets; rest != 0; rest &= rest - 1) {
@@ -141,6 +160,7 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
   const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
+  const float weight = a.topkWeights != nullptr && lane < k ? a.topkWeights[static_cast<size_t>(t) * k + lane] : 0.0f;
   const Token token = loadToken(c, a.routing, t);
   const bool own = token.rank == c.rank;
   const bool hasRow = own && !rankMajor ? true : token.leader;
@@ -164,10 +184,9 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   if constexpr (kCast) {
     castRow(a, from, scratch, __popc(rows), __popc(leaders));
   } else {
-    copyRow<kUnroll, false>(from, scratch.rows, __popc(rows), a.rowBytes / 16);
+    copyRow<false>(from, scratch.rows, __popc(rows), a.rowBytes / 16);
   }
   const int entry = rankMajor ? token.position - (token.rank >= 0 ? c.rankStart[token.rank] : 0) : token.slot;
-  const float weight = a.topkWeights != nullptr && lane < k ? a.topkWeights[static_cast<size_t>(t) * k + lane] : 0.0f;
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
     const int leader = __ffs(rest) - 1;
     const int rank = __shfl_sync(~0u, token.rank, leader);
@@ -194,7 +213,10 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
                  epoch);
   }
   const unsigned ownLeader = __ballot_sync(~0u, token.leader && own);
-  if (ownLeader != 0) deliver(a, scratch, c.rank, __shfl_sync(~0u, token.row, __ffs(ownLeader) - 1));
+  if (ownLeader != 0) {
+    const int row = __shfl_sync(~0u, token.row, __ffs(ownLeader) - 1);
+    deliver(a, scratch, c.rank, row, own ? entry : -1, own ? weight : 0.0f);
+  }
   __syncwarp();
 }
 
@@ -208,26 +230,31 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
   const RoutingLayout::PerRank* perRank = a.routing.perRank();
   const uint32_t epoch = ctl->epoch;
   const uint32_t* flags = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlags);
-  uint32_t nRecv = 0; // items to receive: row n / (R-1) of the n % (R-1)th other rank, where it exists
-  for (int r = 0; r < c.nRanks; r++) {
-    if (r != c.rank) nRecv = max(nRecv, static_cast<uint32_t>(perRank[r].recvRows));
+  const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
+  uint32_t mostRows = 0; // from any other rank
+  for (int r = threadIdx.x & 31; r < c.nRanks; r += 32) {
+    if (r != c.rank) mostRows = max(mostRows, static_cast<uint32_t>(perRank[r].recvRows));
   }
-  nRecv *= c.nRanks - 1;
+  // Items to receive: row n / (R-1) of the n % (R-1)th other rank, where it exists.
+  const uint32_t nRecv = __reduce_max_sync(~0u, mostRows) * (c.nRanks - 1);
   bool pushing = state.go != 0, receiving = state.go != 0 && nRecv > 0;
+  uint32_t nextPush = take(&ctl->pushNext), nextRecv = take(&ctl->recvNext);
   int source = -1, row = 0; // taken, but not yet delivered
   while (pushing || receiving) {
     if (pushing) {
-      const uint32_t t = claim(&ctl->pushNext);
+      const uint32_t t = taken(nextPush);
       pushing = t < static_cast<uint32_t>(state.nTokens);
+      if (pushing) nextPush = take(&ctl->pushNext);
       if (pushing) pushToken<kCast>(a, scratch, t, epoch);
     }
     for (int n = 0; receiving && (!pushing || n < kMaxDeliveriesPerPush); n++) {
       if (source < 0) {
-        const uint32_t item = claim(&ctl->recvNext);
+        const uint32_t item = taken(nextRecv);
         if (item >= nRecv) {
           receiving = false;
           break;
         }
+        nextRecv = take(&ctl->recvNext);
         const int other = item % (c.nRanks - 1);
         source = other + (other >= c.rank ? 1 : 0);
         row = item / (c.nRanks - 1);
@@ -248,7 +275,12 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
         receiving = pushing; // a wait that failed ends the kernel
         break;
       }
-      deliver(a, scratch, source, row);
+      const int lane = threadIdx.x & 31;
+      const size_t at = mapIndex(a.routing, source, row, lane);
+      const bool selects = lane < a.routing.layout.topK;
+      const int entry = selects ? __ldcg(a.routing.ints(a.routing.layout.map) + at) : -1;
+      const float weight = selects && a.recvWeights != nullptr ? __ldcg(weights + at) : 0.0f;
+      deliver(a, scratch, source, row, entry, weight);
       source = -1;
     }
   }

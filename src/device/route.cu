@@ -115,13 +115,13 @@ __device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTok
 // Turns the chunks' counts into exclusive prefix sums; the totals become row nChunks.  Threads share a column's chunks in equal
 // segments: each adds up its own first and then starts from what came before.
 __device__ void scanChunks(const RouteArgs& a, int nChunks, int* sums) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 16; // loads of a thread in flight
   const int nColumns = a.routing.layout.nColumns;
   int* counts = a.routing.ints(a.routing.layout.chunkBase);
   int* totals = counts + static_cast<size_t>(a.routing.layout.nChunks) * nColumns;
   const int nSegments = max(1, min(kThreads / nColumns, kWords));
   const int perSegment = (nChunks + nSegments - 1) / nSegments;
-  for (int pass = 0; pass < 2; pass++) {
+  for (int pass = nSegments == 1 ? 1 : 0; pass < 2; pass++) {
     for (int item = threadIdx.x; item < nColumns * nSegments; item += kThreads) {
       const int col = item % nColumns, segment = item / nColumns;
       const int begin = segment * perSegment, end = min(nChunks, begin + perSegment);
@@ -172,7 +172,6 @@ __device__ bool exchange(const RouteArgs& a, uint32_t epoch) {
   if (threadIdx.x < c.nRanks) {
     const int r = threadIdx.x;
     const unsigned long long flag = static_cast<unsigned long long>(epoch) << 32 | a.signature;
-    __threadfence_system();
     storeRelease(&reinterpret_cast<Message*>(c.peer(r) + mine)->flag, flag);
     const Message* theirs = reinterpret_cast<const Message*>(c.self + c.layout.mailboxOf(epoch & 1, r));
     unsigned long long seen = 0;
@@ -201,6 +200,7 @@ __device__ void solve(const RouteArgs& a, uint32_t epoch, int* scratch) {
   int* expertOffset = routing.ints(routing.layout.expertOffset);
   for (int p = threadIdx.x; p < c.nExperts; p += kThreads) {
     int before = 0, total = 0;
+#pragma unroll 4
     for (int s = 0; s < c.nRanks; s++) {
       const int n = __ldcg(&countsOf(s)[p]);
       before += s < c.rank ? n : 0;
@@ -213,6 +213,7 @@ __device__ void solve(const RouteArgs& a, uint32_t epoch, int* scratch) {
   if (threadIdx.x < c.nRanks) {
     const int r = threadIdx.x;
     int sendBase = 0, recvBase = 0, needed = 0;
+#pragma unroll 4
     for (int s = 0; s < c.nRanks; s++) {
       const int toR = __ldcg(&countsOf(s)[c.nExperts + r]);
       sendBase += s < c.rank ? toR : 0;

@@ -1,20 +1,12 @@
-// The sum of a token's rows by a warp, with the rows on their way through shared memory.
-//
-// Registers hold too few bytes to hide the memory's latency on a few SMs.  So each lane copies its vectors into slots of its own
-// by cp.async, kDepth - 1 slots ahead of the one that it adds; no lane touches another's slots, so waiting for its own copies is
-// all the synchronisation there is.
+// The sum of a token's rows by a warp, through its ring (row_mover.cuh).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "device/primitives.cuh"
+#include "device/row_mover.cuh"
 
 namespace moe {
-
-constexpr int kSumUnroll = 2; // vectors of a lane in a slot
-constexpr int kSumDepth = 7;  // slots
-constexpr int kSumSharedPerWarp = kSumDepth * kSumUnroll * 32 * sizeof(uint4);
 
 // Sixteen bytes of a row as floats, and back.
 template <class T> struct Vec;
@@ -81,13 +73,6 @@ enum class Sum {
   mixed     // the first nOwn weighted, and their sum rounded to the type; that is added after nBefore of the others
 };
 
-__device__ __forceinline__ void copyAsync(uint4* shared, const uint4* global) {
-  asm volatile(
-    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-    "l"(global)
-    : "memory");
-}
-
 template <int kElems> __device__ __forceinline__ void add(float* acc, const float* f) {
 #pragma unroll
   for (int e = 0; e < kElems; e++) acc[e] = __fadd_rn(acc[e], f[e]);
@@ -103,41 +88,41 @@ __device__ __forceinline__ void sumRows(const RowList& list, int nRows, int nOwn
                                         uint4* out) {
   constexpr int kElems = Vec<T>::kElems;
   const int lane = threadIdx.x & 31;
-  const int nItems = nRows * ((nVec + 32 * kSumUnroll - 1) / (32 * kSumUnroll));
+  const int nItems = nRows * ((nVec + 32 * kPieceVectors - 1) / (32 * kPieceVectors));
   ring += lane;
   int issueRow = 0, issueVec = lane, issueSlot = 0, issued = 0;
   const auto issue = [&] {
     if (issued < nItems) {
       const uint4* row = list.rows[issueRow] + issueVec;
-      uint4* slot = ring + issueSlot * (kSumUnroll * 32);
+      uint4* slot = ring + issueSlot * (kPieceVectors * 32);
 #pragma unroll
-      for (int u = 0; u < kSumUnroll; u++) {
+      for (int u = 0; u < kPieceVectors; u++) {
         if (issueVec + 32 * u < nVec) copyAsync(slot + 32 * u, row + 32 * u);
       }
       issued++;
-      issueSlot = issueSlot == kSumDepth - 1 ? 0 : issueSlot + 1;
+      issueSlot = issueSlot == kRingPieces - 1 ? 0 : issueSlot + 1;
       if (++issueRow == nRows) {
         issueRow = 0;
-        issueVec += 32 * kSumUnroll;
+        issueVec += 32 * kPieceVectors;
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commitCopies();
   };
 #pragma unroll 1
-  for (int n = 0; n < kSumDepth - 1; n++) issue();
+  for (int n = 0; n < kRingPieces - 1; n++) issue();
   int readSlot = 0;
 #pragma unroll 1
-  for (int v = lane; v - lane < nVec; v += 32 * kSumUnroll) {
-    float acc[kSumUnroll][kElems] = {};
-    float own[kSum == Sum::mixed ? kSumUnroll : 1][kElems] = {};
+  for (int v = lane; v - lane < nVec; v += 32 * kPieceVectors) {
+    float acc[kPieceVectors][kElems] = {};
+    float own[kSum == Sum::mixed ? kPieceVectors : 1][kElems] = {};
 #pragma unroll 1
     for (int row = 0; row < nRows; row++) {
       issue();
-      asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
-      const uint4* slot = ring + readSlot * (kSumUnroll * 32);
-      readSlot = readSlot == kSumDepth - 1 ? 0 : readSlot + 1;
+      awaitCopies<kRingPieces - 1>();
+      const uint4* slot = ring + readSlot * (kPieceVectors * 32);
+      readSlot = readSlot == kRingPieces - 1 ? 0 : readSlot + 1;
 #pragma unroll
-      for (int u = 0; u < kSumUnroll; u++) {
+      for (int u = 0; u < kPieceVectors; u++) {
         float f[kElems];
         Vec<T>::load(slot[32 * u], f);
         if constexpr (kSum == Sum::plain) add<kElems>(acc[u], f);
@@ -154,9 +139,9 @@ __device__ __forceinline__ void sumRows(const RowList& list, int nRows, int nOwn
       }
     }
 #pragma unroll
-    for (int u = 0; u < kSumUnroll; u++) {
+    for (int u = 0; u < kPieceVectors; u++) {
       if (kSum == Sum::mixed && nBefore == nRows - nOwn) add<kElems>(acc[u], own[u]);
-      if (v + 32 * u < nVec) out[v + 32 * u] = Vec<T>::store(acc[u]);
+      if (v + 32 * u < nVec) storeVector(out + v + 32 * u, Vec<T>::store(acc[u]));
     }
   }
 }
