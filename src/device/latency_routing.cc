@@ -9,7 +9,7 @@ namespace moe {
 namespace {
 
 size_t maxScaleBytes(size_t maxRowBytes) {
-  return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), kMaxScaleBytes);
+  return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes);
 }
 
 // The reason why not, or "".
