@@ -1,0 +1,556 @@
+// Latency mode: phases in every order, data that looks like nothing, one SM, graphs, and both modes on one communicator.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <numeric>
+#include <thread>
+
+#include "gpu/latency_case.h"
+#include "gpu/occupy.h"
+
+namespace moe::test {
+namespace {
+
+int smCount() {
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0);
+  return n;
+}
+
+// A routing with a dispatch and a combine whose halves are called one by one, on any streams.
+class InPhases {
+ public:
+  enum Half { kSendDispatch, kCompleteDispatch, kSendCombine, kCompleteCombine, kHalves };
+
+  InPhases() { cudaEventCreateWithFlags(&event_, cudaEventDisableTiming); }
+  ~InPhases() { cudaEventDestroy(event_); }
+  InPhases(const InPhases&) = delete;
+  InPhases& operator=(const InPhases&) = delete;
+
+  std::string make(GpuRank& rank, const DecodeShape& shape) {
+    const ncclMoeRoutingConfig_t config = shape.routing();
+    RANK_OK(ncclMoeRoutingCreate(&routing_, rank.comm(), &config), rank.comm());
+    return "";
+  }
+  std::string begin(GpuRank& rank, const DecodeCase& e) {
+    DispatchStyle style;
+    style.flags = NCCL_MOE_SEND_ONLY;
+    dispatch_ = std::make_unique<DispatchCall>(*e.reference, rank.rank(), style);
+    combine_ = std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, NCCL_MOE_SEND_ONLY);
+    RANK_TRY(rank.upload(*dispatch_, false));
+    RANK_TRY(rank.upload(*combine_, false));
+    last_ = nullptr;
+    next_ = kSendDispatch;
+    return "";
+  }
+  // The next half, on this stream, behind the half before.
+  std::string advance(GpuRank& rank, cudaStream_t stream) {
+    if (last_ != nullptr && last_ != stream) {
+      RANK_CUDA(cudaEventRecord(event_, last_));
+      RANK_CUDA(cudaStreamWaitEvent(stream, event_, 0));
+    }
+    last_ = stream;
+    switch (next_++) {
+    case kSendDispatch:
+      RANK_OK(ncclMoeDispatch(&dispatch_->args(), routing_, rank.comm(), stream), rank.comm());
+      return "";
+    case kSendCombine:
+      RANK_OK(ncclMoeCombine(&combine_->args(), routing_, rank.comm(), stream), rank.comm());
+      return "";
+    default:
+      RANK_OK(ncclMoeComplete(routing_, rank.comm(), stream), rank.comm());
+      return "";
+    }
+  }
+  int next() const { return next_; }
+  std::string verify() const {
+    RANK_TRY(dispatch_->verify());
+    return combine_->verify();
+  }
+
+ private:
+  ncclMoeRouting_t routing_ = nullptr;
+  std::unique_ptr<DispatchCall> dispatch_;
+  std::unique_ptr<CombineCall> combine_;
+  cudaStream_t last_ = nullptr;
+  cudaEvent_t event_ = nullptr;
+  int next_ = kSendDispatch;
+};
+
+// Routings in flight on one communicator, their halves in the same random order on every rank, on streams that differ.
+TEST(GpuLatencyMode, PhasesInEveryOrder) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 8, kStreams = 3;
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 3}) {
+    const int nRoutings = nRanks == 2 ? 3 : 2;
+    std::vector<DecodeShape> shapes;
+    for (int i = 0; i < nRoutings; i++) {
+      shapes.push_back(randomShape(seed + static_cast<uint64_t>(i), nRanks));
+      shapes.back().layout = static_cast<ncclMoeLayout_t>(i);
+      shapes.back().alignment = i == ncclMoeLayoutExpertMajor ? 4 : 1;
+      if (i == ncclMoeLayoutRankMajor) shapes.back().exact = shapes.back().weighted = false;
+    }
+    DecodeShape most;
+    most.nRanks = nRanks;
+    most.nTokens = 64;
+    most.topK = 8;
+    DecodeRun run;
+    run.nRanks = nRanks;
+    const std::string wrong = runDecode(most.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+      std::vector<InPhases> routings(static_cast<size_t>(nRoutings));
+      std::array<Stream, kStreams> streams;
+      for (int i = 0; i < nRoutings; i++) RANK_TRY(routings[i].make(rank, shapes[i]));
+      Random order(seed + 77), mine(seed + 78 + static_cast<uint64_t>(rank.rank()));
+      for (int round = 0; round < kRounds; round++) {
+        std::vector<DecodeCase> cases;
+        for (int i = 0; i < nRoutings; i++) {
+          cases.push_back(makeDecode(seed + 1000 * static_cast<uint64_t>(round) + static_cast<uint64_t>(i), shapes[i]));
+          RANK_TRY(routings[i].begin(rank, cases.back()));
+        }
+        // All sent before any is completed, then all completed; or whatever comes.
+        std::vector<int> plan;
+        for (int half = 0; half < InPhases::kHalves; half++) {
+          std::vector<int> all(static_cast<size_t>(nRoutings));
+          std::iota(all.begin(), all.end(), 0);
+          std::shuffle(all.begin(), all.end(), order);
+          plan.insert(plan.end(), all.begin(), all.end());
+        }
+        if (round % 2 == 1) std::shuffle(plan.begin(), plan.end(), order);
+        const bool oneStream = round % 4 == 0;
+        for (const int i : plan) {
+          RANK_TRY(routings[i].advance(rank, oneStream ? streams[0] : streams[pick(mine, 0, kStreams - 1)]));
+        }
+        for (const Stream& stream : streams) RANK_CUDA(cudaStreamSynchronize(stream));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        for (int i = 0; i < nRoutings; i++) {
+          const std::string bad = routings[i].verify();
+          if (!bad.empty()) {
+            return format("round %d, routing %d, %s, %s: ", round, i, describe(cases[i].reference->problem()).c_str(),
+                          describe(cases[i].combine).c_str()) +
+                   bad;
+          }
+        }
+        rank.forget();
+      }
+      return "";
+    });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
+// A sending half ends though no other rank has called anything yet.  Between the halves the GPU is free: rank 0 fills its own
+// with another kernel, and the other ranks complete meanwhile.
+TEST(GpuLatencyMode, BetweenTheHalvesTheGpuIsFree) {
+  NEED_GPUS(1);
+  constexpr int kRanks = 2, kRoutings = 3, kOccupiedMs = 700;
+  const uint64_t seed = testSeed();
+  DecodeShape shape;
+  shape.nRanks = kRanks;
+  DecodeRun run;
+  run.nRanks = kRanks;
+  run.numSms = gpuCount() >= kRanks ? 0 : 8;
+  const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+    std::vector<InPhases> routings(kRoutings);
+    std::vector<DecodeCase> cases;
+    Stream other;
+    RANK_CUDA(occupySms(0, 0, other));
+    for (int i = 0; i < kRoutings; i++) {
+      cases.push_back(makeDecode(seed + static_cast<uint64_t>(i), shape));
+      RANK_TRY(routings[i].make(rank, shape));
+      RANK_TRY(routings[i].begin(rank, cases.back()));
+    }
+    for (int half = InPhases::kSendDispatch; half < InPhases::kHalves; half += 2) {
+      for (int turn = 0; turn < kRanks; turn++) {
+        RANK_TRY(meetAll(rank, meeting, kRanks));
+        if (turn != rank.rank()) continue;
+        for (InPhases& routing : routings) RANK_TRY(routing.advance(rank, rank.stream()));
+        RANK_TRY(asyncIs(rank, ncclSuccess)); // it has ended
+      }
+      RANK_TRY(meetAll(rank, meeting, kRanks));
+      if (rank.rank() == 0) {
+        // On one GPU the other ranks need some SMs.
+        RANK_CUDA(occupySms(gpuCount() >= kRanks ? smCount() : smCount() - 16, kOccupiedMs, other));
+        std::this_thread::sleep_for(std::chrono::milliseconds(50)); // it runs
+      }
+      RANK_TRY(meetAll(rank, meeting, kRanks));
+      if (rank.rank() != 0) {
+        for (int i = kRoutings; i-- > 0;) RANK_TRY(routings[i].advance(rank, rank.stream()));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+      }
+      RANK_TRY(meetAll(rank, meeting, kRanks));
+      if (rank.rank() != 0) continue;
+      RANK_CHECK(cudaStreamQuery(other) == cudaErrorNotReady, "the other ranks ended only after %d ms", kOccupiedMs);
+      (void)cudaGetLastError();
+      for (int i = kRoutings; i-- > 0;) RANK_TRY(routings[i].advance(rank, rank.stream()));
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_CUDA(cudaStreamSynchronize(other));
+    }
+    RANK_TRY(rank.download());
+    for (const InPhases& routing : routings) RANK_TRY(routing.verify());
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// Rank 0 has one SM, where its blocks run one after the other: the first does what its peer needs.
+TEST(GpuLatencyMode, OneSmIsEnough) {
+  NEED_GPUS(2);
+  constexpr int kCalls = 3, kOccupiedMs = 800;
+  const uint64_t seed = testSeed();
+  DecodeShape shape;
+  shape.nTokens = 100;
+  shape.hidden = 1024;
+  shape.topK = 2;
+  DecodeRun run;
+  run.numSms = 0;
+  const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+    ncclMoeRouting_t routing = nullptr;
+    const ncclMoeRoutingConfig_t config = shape.routing();
+    RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+    std::vector<DecodeCase> cases;
+    std::vector<std::unique_ptr<DispatchCall>> dispatches;
+    std::vector<std::unique_ptr<CombineCall>> combines;
+    for (int i = 0; i < kCalls; i++) cases.push_back(makeDecode(seed + static_cast<uint64_t>(i), shape));
+    for (const DecodeCase& e : cases) {
+      dispatches.push_back(std::make_unique<DispatchCall>(*e.reference, rank.rank(), DispatchStyle()));
+      combines.push_back(std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, 0));
+      RANK_TRY(rank.upload(*dispatches.back(), false));
+      RANK_TRY(rank.upload(*combines.back(), false));
+    }
+    Stream other;
+    RANK_CUDA(occupySms(0, 0, other));
+    if (rank.rank() == 0) {
+      RANK_CUDA(occupySms(smCount() - 1, kOccupiedMs, other));
+      std::this_thread::sleep_for(std::chrono::milliseconds(50)); // it runs
+    }
+    RANK_TRY(meetAll(rank, meeting, 2));
+    for (int i = 0; i < kCalls; i++) {
+      RANK_OK(ncclMoeDispatch(&dispatches[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeCombine(&combines[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
+    }
+    RANK_TRY(asyncIs(rank, ncclSuccess));
+    if (rank.rank() == 0) {
+      RANK_CHECK(cudaStreamQuery(other) == cudaErrorNotReady, "it took until the SMs were free, after %d ms",
+                 kOccupiedMs);
+      (void)cudaGetLastError();
+      RANK_CUDA(cudaStreamSynchronize(other));
+    }
+    RANK_TRY(rank.download());
+    for (const auto& call : dispatches) RANK_TRY(call->verify());
+    for (const auto& call : combines) RANK_TRY(call->verify());
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// Rows, scales, weights, sums and gradients that look like empty packets arrive as they are.
+TEST(GpuLatencyMode, DataThatLooksLikeNothing) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 4;
+  const uint64_t seed = testSeed();
+  std::vector<DecodeShape> shapes;
+  for (int i = 0; i < 18; i++) {
+    DecodeShape s;
+    s.nTokens = 12;
+    s.hidden = 320;
+    s.topK = i % 2 == 0 ? 4 : 8;
+    s.likeEmpty = true;
+    s.layout = static_cast<ncclMoeLayout_t>(i % 3);
+    const ncclDataType_t types[] = {ncclBfloat16, ncclMoeFloat8e4m3, ncclFloat32};
+    s.quant = static_cast<ncclMoeQuant_t>(i / 3 % 3);
+    if (s.quant == ncclMoeQuantNone) s.type = types[i / 9 + i % 2], s.scaleBytes = 32;
+    if (i % 4 == 0) s.scaleLayout = ncclMoeScaleColumnMajor;
+    const ncclDataType_t sums[] = {ncclBfloat16, ncclFloat16, ncclFloat32};
+    s.combineType = sums[i / 2 % 3];
+    s.sparse = i % 2 == 1; // sums of one row
+    s.weighted = s.layout != ncclMoeLayoutRankMajor && i % 4 < 2;
+    s.exact = s.layout != ncclMoeLayoutRankMajor && i >= 9;
+    s.withGrads = true;
+    shapes.push_back(s);
+  }
+  DecodeShape most;
+  most.topK = 8;
+  const std::string wrong = runDecode(most.world(), DecodeRun(), [&](GpuRank& rank, Meeting&) -> std::string {
+    for (const DecodeShape& shape : shapes) {
+      ncclMoeRouting_t routing = nullptr;
+      const ncclMoeRoutingConfig_t config = shape.routing();
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+      for (int round = 0; round < kRounds; round++) {
+        DecodeShape now = shape;
+        now.likeEmpty = round != 2; // what was said of a record's last user does not hold for the next
+        const DecodeCase e = makeDecode(seed + static_cast<uint64_t>(round), now);
+        const std::string bad = exchangeOnce(rank, routing, e);
+        if (!bad.empty()) {
+          return bad + format(" in round %d of %s, %s", round, describe(e.reference->problem()).c_str(),
+                              describe(e.combine).c_str());
+        }
+      }
+      RANK_OK(ncclMoeRoutingDestroy(routing, rank.comm()), rank.comm());
+    }
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// A graph, in phases or not, replayed with other tokens, counts and selections, checked against the reference.
+TEST(GpuLatencyMode, GraphReplaysWithChangingRoutings) {
+  NEED_GPUS(1);
+  constexpr int kRanks = 3, kReplays = 12;
+  constexpr size_t kPiece = size_t{4} << 20;
+  const uint64_t seed = testSeed();
+  std::vector<DecodeShape> shapes;
+  for (int i = 0; i < 6; i++) {
+    DecodeShape s = randomShape(seed + static_cast<uint64_t>(i), kRanks);
+    s.layout = static_cast<ncclMoeLayout_t>(i % 3);
+    s.alignment = s.layout == ncclMoeLayoutExpertMajor ? 8 : 1;
+    s.quant = i < 3 ? ncclMoeQuantFp8Ue8m0 : ncclMoeQuantFp8;
+    s.type = ncclBfloat16, s.scaleBytes = 0;
+    s.weighted = s.layout != ncclMoeLayoutRankMajor;
+    s.exact = s.weighted && i >= 3;
+    shapes.push_back(s);
+  }
+  DecodeShape most;
+  most.nRanks = kRanks;
+  most.nTokens = 64;
+  most.topK = 8;
+  DecodeRun run;
+  run.nRanks = kRanks;
+  const std::string wrong = runDecode(most.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+    for (size_t i = 0; i < shapes.size(); i++) {
+      const DecodeShape& shape = shapes[i];
+      const bool inPhases = i % 2 == 1;
+      ncclMoeRouting_t routing = nullptr;
+      const ncclMoeRoutingConfig_t config = shape.routing();
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+      cudaGraphExec_t graph = nullptr;
+      for (int replay = 0; replay < kReplays; replay++) {
+        const DecodeCase e = makeDecode(seed + 31 * static_cast<uint64_t>(replay), shape);
+        DispatchStyle style;
+        style.flags = inPhases ? NCCL_MOE_SEND_ONLY : 0u;
+        style.tokensDev = true; // the graph keeps the host's number
+        // As many rows as there can be: the graph keeps the capacity, and so do the places of column-major scales.
+        const int64_t most =
+          int64_t{kRanks} * shape.nTokens * (shape.layout == ncclMoeLayoutRankMajor ? 1 : shape.topK) +
+          8 * shape.alignment;
+        style.slack = static_cast<int>((most + 3) / 4 * 4 - e.reference->rowsNeeded(rank.rank()));
+        rank.forget(kPiece);
+        DispatchCall dispatch(*e.reference, rank.rank(), style);
+        CombineCall combine(*e.reference, e.combine, rank.rank(), false, style.flags);
+        RANK_TRY(rank.upload(dispatch, true));
+        RANK_TRY(rank.upload(combine, false));
+        if (graph == nullptr) {
+          cudaGraph_t captured = nullptr;
+          RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
+          RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+          if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
+          RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+          if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
+          RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
+          RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
+          RANK_CUDA(cudaGraphDestroy(captured));
+        }
+        RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        std::string bad = dispatch.verify();
+        if (bad.empty()) bad = combine.verify();
+        if (!bad.empty()) {
+          return bad + format(" in replay %d of %s, %s", replay, describe(e.reference->problem()).c_str(),
+                              describe(e.combine).c_str());
+        }
+      }
+      RANK_CUDA(cudaGraphExecDestroy(graph));
+      RANK_OK(ncclMoeRoutingDestroy(routing, rank.comm()), rank.comm());
+      rank.forget();
+    }
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// ncclMoeModeAuto serves prefill and decode from one communicator, their calls on one stream or on two.
+TEST(GpuLatencyMode, BothModesAlternate) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 10;
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 3}) {
+    DecodeShape prefill, decode;
+    prefill.nRanks = decode.nRanks = nRanks;
+    prefill.nTokens = 600; // more than latency mode serves
+    prefill.hidden = 128;
+    prefill.layout = ncclMoeLayoutExpertMajor;
+    prefill.alignment = 16;
+    decode.nTokens = 64;
+    decode.quant = ncclMoeQuantFp8;
+    decode.weighted = true;
+    DecodeRun run;
+    run.nRanks = nRanks;
+    run.mode = ncclMoeModeAuto;
+    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+      ncclMoeRouting_t large = nullptr, small = nullptr;
+      const ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
+      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
+      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
+      Stream other;
+      Random order(seed);
+      for (int round = 0; round < kRounds; round++) {
+        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
+        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), decode);
+        DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
+          dispatchB(*b.reference, rank.rank(), DispatchStyle());
+        CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
+          combineB(*b.reference, b.combine, rank.rank(), false, 0);
+        RANK_TRY(rank.upload(dispatchA, round % 3 == 0));
+        RANK_TRY(rank.upload(dispatchB, round % 3 == 1));
+        RANK_TRY(rank.upload(combineA, false));
+        RANK_TRY(rank.upload(combineB, false));
+        const cudaStream_t streamB = round % 2 == 0 ? rank.stream() : static_cast<cudaStream_t>(other);
+        int nA = 0, nB = 0;
+        while (nA + nB < 4) {
+          const bool first = nB == 2 || (nA < 2 && chance(order, 0.5));
+          int& n = first ? nA : nB;
+          const ncclMoeRouting_t routing = first ? large : small;
+          const cudaStream_t stream = first ? rank.stream() : streamB;
+          if (n++ == 0) {
+            RANK_OK(ncclMoeDispatch(first ? &dispatchA.args() : &dispatchB.args(), routing, rank.comm(), stream),
+                    rank.comm());
+          } else {
+            RANK_OK(ncclMoeCombine(first ? &combineA.args() : &combineB.args(), routing, rank.comm(), stream),
+                    rank.comm());
+          }
+        }
+        RANK_CUDA(cudaStreamSynchronize(other));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        RANK_TRY(dispatchA.verify());
+        RANK_TRY(dispatchB.verify());
+        RANK_TRY(combineA.verify());
+        RANK_TRY(combineB.verify());
+        int64_t nRows = 0;
+        RANK_OK(ncclMoeRoutingGetCounts(small, rank.comm(), &nRows, nullptr), rank.comm());
+        RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+        rank.forget();
+      }
+      return "";
+    });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
+// Two routings of latency mode on two streams that nothing orders, each call wanting all SMs.  Ranks may come to run them in
+// different orders.
+TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 40;
+  const uint64_t seed = testSeed();
+  DecodeShape shape;
+  shape.nTokens = 128;
+  DecodeRun run;
+  run.timeoutMs = 3000;
+  run.numSms = gpuCount() >= 2 ? 0 : 16;
+  const DecodeCase a = makeDecode(seed, shape), b = makeDecode(seed + 1, shape);
+  const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+    ncclMoeRouting_t routings[2] = {};
+    const ncclMoeRoutingConfig_t config = shape.routing();
+    for (ncclMoeRouting_t& routing : routings)
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+    Stream other;
+    RANK_CUDA(occupySms(0, 0, other));
+    Random mine(seed + static_cast<uint64_t>(rank.rank()));
+    for (int round = 0; round < kRounds; round++) {
+      DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
+        dispatchB(*b.reference, rank.rank(), DispatchStyle());
+      CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
+        combineB(*b.reference, b.combine, rank.rank(), false, 0);
+      RANK_TRY(rank.upload(dispatchA, false));
+      RANK_TRY(rank.upload(dispatchB, false));
+      RANK_TRY(rank.upload(combineA, false));
+      RANK_TRY(rank.upload(combineB, false));
+      // One of the streams is held up for a while.
+      RANK_CUDA(occupySms(1, pick(mine, 1, 2), chance(mine, 0.5) ? rank.stream() : static_cast<cudaStream_t>(other)));
+      RANK_OK(ncclMoeDispatch(&dispatchA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeDispatch(&dispatchB.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_OK(ncclMoeCombine(&combineA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeCombine(&combineB.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_CUDA(cudaStreamSynchronize(other));
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_TRY(rank.download());
+      RANK_TRY(dispatchA.verify());
+      RANK_TRY(dispatchB.verify());
+      RANK_TRY(combineA.verify());
+      RANK_TRY(combineB.verify());
+      rank.forget();
+    }
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// What AUTO takes is what the mode that it chooses takes, and all is given back.
+TEST(GpuLatencyMode, MemoryIsAsStatedAndComesBack) {
+  NEED_GPUS(1);
+  constexpr int kRanks = 2;
+  DecodeShape small, large;
+  large.nTokens = 600;
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::threads, 60000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      const ncclMoeMode_t modes[] = {ncclMoeModeAuto, ncclMoeModeLatency, ncclMoeModeThroughput};
+      const DecodeShape* const shapes[] = {&small, &large};
+      size_t comm[2][3] = {},
+             routing[2][3] = {}; // of the communicator for either shape; of the routings on the larger one
+      for (int mode = 0; mode < 3; mode++) {
+        for (int shape = 0; shape < 2; shape++) {
+          const World world = shapes[shape]->world();
+          ncclMoeConfig_t config = world.config();
+          config.mode = modes[mode];
+          RANK_OK(ncclMoeCommMemoryNeeded(&config, kRanks, &comm[shape][mode]), nullptr);
+          GpuRank rank(r, kRanks, r % gpuCount());
+          RANK_TRY(rank.init(config, meeting, 0));
+          size_t routings = 0;
+          for (int n = 0; n <= shape; n++) {
+            const ncclMoeRoutingConfig_t want = shapes[n]->routing();
+            RANK_OK(ncclMoeRoutingMemoryNeeded(rank.comm(), &want, &routing[n][mode]), rank.comm());
+            ncclMoeRouting_t made = nullptr;
+            RANK_OK(ncclMoeRoutingCreate(&made, rank.comm(), &want), rank.comm());
+            routings += routing[n][mode];
+          }
+          ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
+          RANK_OK(ncclMoeCommGetInfo(rank.comm(), &info), rank.comm());
+          RANK_CHECK(info.memoryBytes == comm[shape][mode] + routings, "%zu bytes, stated %zu + %zu", info.memoryBytes,
+                     comm[shape][mode], routings);
+          RANK_TRY(rank.destroy());
+        }
+      }
+      RANK_CHECK(routing[0][0] == routing[0][1] && routing[0][0] != routing[0][2]);
+      RANK_CHECK(routing[1][0] == routing[1][2] && routing[1][0] != routing[1][1]);
+      RANK_CHECK(comm[0][0] == comm[0][1] && comm[0][0] < comm[0][2]);
+      RANK_CHECK(comm[1][0] == comm[1][2] && comm[1][1] < comm[1][2]);
+      const World world = large.world();
+      ncclMoeConfig_t config = world.config();
+      size_t before = 0, after = 0, total = 0;
+      for (int cycle = 0; cycle < 20; cycle++) {
+        GpuRank rank(r, kRanks, r % gpuCount());
+        RANK_TRY(rank.init(config, meeting, 0));
+        for (const DecodeShape* shape : shapes) {
+          const ncclMoeRoutingConfig_t want = shape->routing();
+          ncclMoeRouting_t made = nullptr;
+          RANK_OK(ncclMoeRoutingCreate(&made, rank.comm(), &want), rank.comm());
+          if (cycle % 2 == 0) RANK_OK(ncclMoeRoutingDestroy(made, rank.comm()), rank.comm());
+        }
+        RANK_TRY(rank.destroy());
+        RANK_TRY(meetAll(rank, *meeting, kRanks)); // both have destroyed
+        RANK_CUDA(cudaMemGetInfo(cycle == 2 ? &before : &after, &total));
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+      }
+      RANK_CHECK(after + (size_t{4} << 20) >= before, "%zu bytes were free, now %zu", before, after);
+      return "";
+    });
+  EXPECT_EQ(wrong, "");
+}
+
+} // namespace
+} // namespace moe::test
