@@ -1,0 +1,191 @@
+// Latency mode beside other work: both modes on one communicator, two routings on two streams, memory.
+#include <gtest/gtest.h>
+
+#include "gpu/latency_case.h"
+#include "gpu/occupy.h"
+
+namespace moe::test {
+namespace {
+
+// ncclMoeModeAuto serves prefill and decode from one communicator, their calls on one stream or on two.
+TEST(GpuLatencyMode, BothModesAlternate) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 10;
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 3}) {
+    DecodeShape prefill, decode;
+    prefill.nRanks = decode.nRanks = nRanks;
+    prefill.nTokens = 600; // more than latency mode serves
+    prefill.hidden = 128;
+    prefill.layout = ncclMoeLayoutExpertMajor;
+    prefill.alignment = 16;
+    decode.nTokens = 64;
+    decode.quant = ncclMoeQuantFp8;
+    decode.weighted = true;
+    DecodeRun run;
+    run.nRanks = nRanks;
+    run.mode = ncclMoeModeAuto;
+    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+      ncclMoeRouting_t large = nullptr, small = nullptr;
+      const ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
+      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
+      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
+      Stream other;
+      Random order(seed);
+      for (int round = 0; round < kRounds; round++) {
+        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
+        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), decode);
+        DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
+          dispatchB(*b.reference, rank.rank(), DispatchStyle());
+        CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
+          combineB(*b.reference, b.combine, rank.rank(), false, 0);
+        RANK_TRY(rank.upload(dispatchA, round % 3 == 0));
+        RANK_TRY(rank.upload(dispatchB, round % 3 == 1));
+        RANK_TRY(rank.upload(combineA, false));
+        RANK_TRY(rank.upload(combineB, false));
+        const cudaStream_t streamB = round % 2 == 0 ? rank.stream() : static_cast<cudaStream_t>(other);
+        int nA = 0, nB = 0;
+        while (nA + nB < 4) {
+          const bool first = nB == 2 || (nA < 2 && chance(order, 0.5));
+          int& n = first ? nA : nB;
+          const ncclMoeRouting_t routing = first ? large : small;
+          const cudaStream_t stream = first ? rank.stream() : streamB;
+          if (n++ == 0) {
+            RANK_OK(ncclMoeDispatch(first ? &dispatchA.args() : &dispatchB.args(), routing, rank.comm(), stream),
+                    rank.comm());
+          } else {
+            RANK_OK(ncclMoeCombine(first ? &combineA.args() : &combineB.args(), routing, rank.comm(), stream),
+                    rank.comm());
+          }
+        }
+        RANK_CUDA(cudaStreamSynchronize(other));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        RANK_TRY(dispatchA.verify());
+        RANK_TRY(dispatchB.verify());
+        RANK_TRY(combineA.verify());
+        RANK_TRY(combineB.verify());
+        int64_t nRows = 0;
+        RANK_OK(ncclMoeRoutingGetCounts(small, rank.comm(), &nRows, nullptr), rank.comm());
+        RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+        rank.forget();
+      }
+      return "";
+    });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
+// Two routings of latency mode on two streams that nothing orders, each call wanting all SMs.  Ranks may come to run them in
+// different orders.
+TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 40;
+  const uint64_t seed = testSeed();
+  DecodeShape shape;
+  shape.nTokens = 128;
+  DecodeRun run;
+  run.timeoutMs = 3000;
+  run.numSms = gpuCount() >= 2 ? 0 : 16;
+  const DecodeCase a = makeDecode(seed, shape), b = makeDecode(seed + 1, shape);
+  const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
+    ncclMoeRouting_t routings[2] = {};
+    const ncclMoeRoutingConfig_t config = shape.routing();
+    for (ncclMoeRouting_t& routing : routings)
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+    Stream other;
+    RANK_CUDA(occupySms(0, 0, other));
+    Random mine(seed + static_cast<uint64_t>(rank.rank()));
+    for (int round = 0; round < kRounds; round++) {
+      DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
+        dispatchB(*b.reference, rank.rank(), DispatchStyle());
+      CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
+        combineB(*b.reference, b.combine, rank.rank(), false, 0);
+      RANK_TRY(rank.upload(dispatchA, false));
+      RANK_TRY(rank.upload(dispatchB, false));
+      RANK_TRY(rank.upload(combineA, false));
+      RANK_TRY(rank.upload(combineB, false));
+      // One of the streams is held up for a while.
+      RANK_CUDA(occupySms(1, pick(mine, 1, 2), chance(mine, 0.5) ? rank.stream() : static_cast<cudaStream_t>(other)));
+      RANK_OK(ncclMoeDispatch(&dispatchA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeDispatch(&dispatchB.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_OK(ncclMoeCombine(&combineA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeCombine(&combineB.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_CUDA(cudaStreamSynchronize(other));
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_TRY(rank.download());
+      RANK_TRY(dispatchA.verify());
+      RANK_TRY(dispatchB.verify());
+      RANK_TRY(combineA.verify());
+      RANK_TRY(combineB.verify());
+      rank.forget();
+    }
+    return "";
+  });
+  ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// What AUTO takes is what the mode that it chooses takes, and all is given back.
+TEST(GpuLatencyMode, MemoryIsAsStatedAndComesBack) {
+  NEED_GPUS(1);
+  constexpr int kRanks = 2;
+  DecodeShape small, large;
+  large.nTokens = 600;
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::threads, 60000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      const ncclMoeMode_t modes[] = {ncclMoeModeAuto, ncclMoeModeLatency, ncclMoeModeThroughput};
+      const DecodeShape* const shapes[] = {&small, &large};
+      size_t comm[2][3] = {},
+             routing[2][3] = {}; // of the communicator for either shape; of the routings on the larger one
+      for (int mode = 0; mode < 3; mode++) {
+        for (int shape = 0; shape < 2; shape++) {
+          const World world = shapes[shape]->world();
+          ncclMoeConfig_t config = world.config();
+          config.mode = modes[mode];
+          RANK_OK(ncclMoeCommMemoryNeeded(&config, kRanks, &comm[shape][mode]), nullptr);
+          GpuRank rank(r, kRanks, r % gpuCount());
+          RANK_TRY(rank.init(config, meeting, 0));
+          size_t routings = 0;
+          for (int n = 0; n <= shape; n++) {
+            const ncclMoeRoutingConfig_t want = shapes[n]->routing();
+            RANK_OK(ncclMoeRoutingMemoryNeeded(rank.comm(), &want, &routing[n][mode]), rank.comm());
+            ncclMoeRouting_t made = nullptr;
+            RANK_OK(ncclMoeRoutingCreate(&made, rank.comm(), &want), rank.comm());
+            routings += routing[n][mode];
+          }
+          ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
+          RANK_OK(ncclMoeCommGetInfo(rank.comm(), &info), rank.comm());
+          RANK_CHECK(info.memoryBytes == comm[shape][mode] + routings, "%zu bytes, stated %zu + %zu", info.memoryBytes,
+                     comm[shape][mode], routings);
+          RANK_TRY(rank.destroy());
+        }
+      }
+      RANK_CHECK(routing[0][0] == routing[0][1] && routing[0][0] != routing[0][2]);
+      RANK_CHECK(routing[1][0] == routing[1][2] && routing[1][0] != routing[1][1]);
+      RANK_CHECK(comm[0][0] == comm[0][1] && comm[0][0] < comm[0][2]);
+      RANK_CHECK(comm[1][0] == comm[1][2] && comm[1][1] < comm[1][2]);
+      const World world = large.world();
+      ncclMoeConfig_t config = world.config();
+      size_t before = 0, after = 0, total = 0;
+      for (int cycle = 0; cycle < 20; cycle++) {
+        GpuRank rank(r, kRanks, r % gpuCount());
+        RANK_TRY(rank.init(config, meeting, 0));
+        for (const DecodeShape* shape : shapes) {
+          const ncclMoeRoutingConfig_t want = shape->routing();
+          ncclMoeRouting_t made = nullptr;
+          RANK_OK(ncclMoeRoutingCreate(&made, rank.comm(), &want), rank.comm());
+          if (cycle % 2 == 0) RANK_OK(ncclMoeRoutingDestroy(made, rank.comm()), rank.comm());
+        }
+        RANK_TRY(rank.destroy());
+        RANK_TRY(meetAll(rank, *meeting, kRanks)); // both have destroyed
+        RANK_CUDA(cudaMemGetInfo(cycle == 2 ? &before : &after, &total));
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+      }
+      RANK_CHECK(after + (size_t{4} << 20) >= before, "%zu bytes were free, now %zu", before, after);
+      return "";
+    });
+  EXPECT_EQ(wrong, "");
+}
+
+} // namespace
+} // namespace moe::test
