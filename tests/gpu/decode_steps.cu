@@ -1,4 +1,5 @@
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -19,11 +20,13 @@ enum What {
   kWhatOffset,
   kWhatBeyond,
   kWhatOut,
-  kWhatOutBeyond
+  kWhatOutBeyond,
+  kWhatScale
 };
 const char* const kNames[] = {
   "nothing",   "a received row", "a received weight",      "a received index", "expertCounts",
-  "recvCount", "expertOffsets",  "a row that nobody sent", "a combined row",   "a row beyond the tokens"};
+  "recvCount", "expertOffsets",  "a row that nobody sent", "a combined row",   "a row beyond the tokens",
+  "a scale"};
 
 enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 1024, kSaltRow = 2048 };
 
@@ -93,6 +96,43 @@ __device__ void complain(const Steps& s, What what, int a, int b) {
   s.fault->b = b;
 }
 
+__device__ float elementOf(const uint4& packet, int i) {
+  const uint32_t word = i / 2 == 0 ? packet.x : i / 2 == 1 ? packet.y : i / 2 == 2 ? packet.z : packet.w;
+  return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+}
+
+// Packet p of a row, and its block's scale, after the FP8 cast that include/nccl_moe.h describes.
+__device__ uint4 castPacketOf(const Steps& s, unsigned step, int rank, int t, int p, float* scale) {
+  float amax = 0x1p-64f;
+  for (int q = p / 8 * 16; q < p / 8 * 16 + 16 && q < s.hidden / 8; q++) {
+    const uint4 packet = packetOf(s, step, rank, t, q);
+    for (int e = 0; e < 8; e++) amax = fmaxf(amax, fabsf(elementOf(packet, e)));
+  }
+  *scale = __fdiv_rn(amax, 448.0f);
+  const float factor = __fdiv_rn(448.0f, amax);
+  uint32_t words[4] = {};
+  for (int i = 0; i < 16; i++) {
+    const float x = elementOf(packetOf(s, step, rank, t, 2 * p + i / 8), i % 8);
+    const uint32_t q = __nv_cvt_float_to_fp8(__fmul_rn(x, factor), __NV_SATFINITE, __NV_E4M3);
+    words[i / 4] |= q << (8 * (i % 4));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// By a warp: row `row` of what was received is token t of a rank, as sent; and what the expert makes of it.
+__device__ void checkRow(const Steps& s, unsigned step, long long row, int rank, int t) {
+  const int lane = threadIdx.x & 31, nPackets = s.packetsOfRow();
+  for (int p = lane; p < nPackets; p += 32) {
+    float scale = 0.0f;
+    const uint4 want = s.cast ? castPacketOf(s, step, rank, t, p, &scale) : packetOf(s, step, rank, t, p);
+    if (!same(s.recvX[row * nPackets + p], want)) complain(s, kWhatRow, static_cast<int>(row), p);
+    if (!s.cast) continue;
+    const float got = s.recvScales[row * s.scalesOfRow() + p / 8];
+    if (__float_as_uint(got) != __float_as_uint(scale)) complain(s, kWhatScale, static_cast<int>(row), p / 8);
+    for (int q = 2 * p; q < 2 * p + 2; q++) s.y[row * (s.hidden / 8) + q] = packetOf(s, step, rank, t, q);
+  }
+}
+
 __device__ void linger(const Steps& s, unsigned step, int when) {
   if (s.maxDelayNs == 0) return;
   const uint64_t h = draw(s, step, s.rank, when, kSaltDelay);
@@ -122,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
   }
   for (int i = id; i < nTokens * nPackets; i += stride) s.x[i] = packetOf(s, step, s.rank, i / nPackets, i % nPackets);
   const uint4 poison = make_uint4(kPoison, kPoison, kPoison, kPoison);
-  for (long long i = id; i < s.rows() * nPackets; i += stride) s.recvX[i] = poison;
+  for (long long i = id; i < s.rows() * s.packetsOfRow(); i += stride) s.recvX[i] = poison;
   for (int i = id; i < s.maxTokens * nPackets; i += stride) s.out[i] = poison;
 }
 
@@ -131,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
   __shared__ int list[kThreads], counts[kThreads / 32];
   const unsigned step = *s.step;
   const bool rankMajor = s.layout == ncclMoeLayoutRankMajor;
-  const int l = blockIdx.x, nPackets = s.hidden / 8, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int l = blockIdx.x, nPackets = s.packetsOfRow(), lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const long long plane = static_cast<long long>(s.nRanks) * s.maxTokens;
   long long first = 0, end = 0; // its rows, with those that nobody may write
   if (rankMajor) end = plane;
@@ -165,11 +205,7 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
         continue;
       }
       const int from = list[h] / s.maxTokens, token = list[h] % s.maxTokens;
-      for (int p = lane; p < nPackets; p += 32) {
-        if (!same(s.recvX[row * nPackets + p], packetOf(s, step, from, token, p))) {
-          complain(s, kWhatRow, static_cast<int>(row), p);
-        }
-      }
+      checkRow(s, step, row, from, token);
       if (lane >= kStepTopK) continue;
       const int expert = selectionsOf(s, step, from, token).expert[lane], local = expert - s.rank * s.nLocal;
       const bool mine = expert >= 0 && (rankMajor ? local >= 0 && local < s.nLocal : local == l);
@@ -210,11 +246,6 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
 }
 
 __global__ void lingerKernel(Steps s) { linger(s, *s.step, 1); }
-
-__device__ float elementOf(const uint4& packet, int i) {
-  const uint32_t word = i / 2 == 0 ? packet.x : i / 2 == 1 ? packet.y : i / 2 == 2 ? packet.z : packet.w;
-  return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-}
 
 __global__ void __launch_bounds__(kThreads) checkCombineKernel(Steps s) {
   const unsigned step = *s.step;
@@ -279,7 +310,10 @@ size_t Steps::place(char* memory) {
   placeOne(memory, &used, &topkIdx, tokens * kStepTopK);
   placeOne(memory, &used, &topkWeights, tokens * kStepTopK);
   placeOne(memory, &used, &x, tokens * nPackets);
-  placeOne(memory, &used, &recvX, nRows * nPackets);
+  placeOne(memory, &used, &recvX, nRows * static_cast<size_t>(packetsOfRow()));
+  y = recvX;
+  if (cast) placeOne(memory, &used, &y, nRows * nPackets);
+  if (cast) placeOne(memory, &used, &recvScales, nRows * static_cast<size_t>(scalesOfRow()));
   placeOne(memory, &used, &recvWeights, nRows * kStepTopK);
   placeOne(memory, &used, &recvTopkIdx, nRows * kStepTopK);
   placeOne(memory, &used, &recvCount, 1);
@@ -300,6 +334,8 @@ ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
   args.topkIdxType = ncclInt64;
   args.topkWeights = topkWeights;
   args.recvX = recvX;
+  if (cast) args.quant = ncclMoeQuantFp8;
+  if (cast) args.recvScales = recvScales;
   args.recvCapacity = rows();
   if (layout == ncclMoeLayoutRankMajor) args.recvTopkIdx = recvTopkIdx;
   if (layout == ncclMoeLayoutExpertMajor) args.expertOffsets = expertOffsets;
@@ -311,7 +347,7 @@ ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
 
 ncclMoeCombineArgs_t Steps::combineArgs() const {
   ncclMoeCombineArgs_t args = NCCL_MOE_COMBINE_ARGS_INITIALIZER;
-  args.x = recvX;
+  args.x = y;
   args.type = ncclBfloat16;
   args.hidden = hidden;
   if (layout != ncclMoeLayoutRankMajor) args.weights = recvWeights;

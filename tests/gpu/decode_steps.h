@@ -26,6 +26,7 @@ struct Steps {
   uint64_t seed;
   int rank, nRanks, nLocal; // experts of each rank, in blocks
   int maxTokens, hidden;    // BF16
+  bool cast;                // dispatch makes them FP8; experts give back the rows as they were
   ncclMoeLayout_t layout;
   int alignment;
   int maxDelayNs; // before each step's dispatch and before its combine
@@ -37,7 +38,9 @@ struct Steps {
   int64_t* topkIdx;
   float* topkWeights;
   uint4* x;
-  uint4* recvX; // what the experts return, too
+  uint4* recvX;
+  float* recvScales; // with the cast
+  uint4* y;          // what the experts return: recvX, unless cast
   float* recvWeights;
   int* recvTopkIdx;
   int* recvCount;
@@ -46,6 +49,8 @@ struct Steps {
   uint4* out;
 
   __host__ __device__ long long rows() const; // of recvX
+  __host__ __device__ int packetsOfRow() const { return hidden / (cast ? 16 : 8); }
+  __host__ __device__ int scalesOfRow() const { return (hidden + 127) / 128; }
   // All tensors and the state from one piece of device memory, which may be NULL to learn its size.
   size_t place(char* memory);
   ncclMoeDispatchArgs_t dispatchArgs() const;

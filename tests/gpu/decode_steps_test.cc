@@ -30,6 +30,7 @@ struct Layer {
 
 struct StepShape {
   int nTokens = 40, hidden = 512;
+  bool cast = false;
   ncclMoeLayout_t layout = ncclMoeLayoutExpertPadded;
   int maxDelayNs = 0;
 };
@@ -54,6 +55,7 @@ std::string makeLayer(GpuRank& rank, int nRanks, const StepShape& shape, uint64_
   s.nLocal = 8;
   s.maxTokens = shape.nTokens;
   s.hidden = shape.hidden;
+  s.cast = shape.cast;
   s.layout = shape.layout;
   s.alignment = shape.layout == ncclMoeLayoutExpertMajor ? 8 : 1;
   s.maxDelayNs = shape.maxDelayNs;
@@ -190,6 +192,7 @@ TEST(GpuDecodeSteps, GraphReplays) {
       r.graph = true;
       r.shapes = {StepShape()};
       r.shapes[0].layout = layout;
+      r.shapes[0].cast = nRanks == 4;
       ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks, layout "
                                        << layout;
     }
@@ -209,6 +212,8 @@ TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
     r.shapes.resize(3);
     for (int i = 0; i < 3; i++) r.shapes[i].layout = kLayouts[i];
     r.shapes[1].nTokens = 9;
+    r.shapes[1].cast = true;
+    r.shapes[1].hidden = 2064;
     r.shapes[2].hidden = 1304; // more than a segment, and not a whole number of them
     ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
@@ -229,6 +234,7 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
     r.shapes[0].layout = kLayouts[nRanks % 3];
     r.shapes[1].hidden = 2048;
     r.shapes[1].layout = kLayouts[(nRanks + 1) % 3];
+    r.shapes[1].cast = nRanks % 2 == 0;
     for (StepShape& shape : r.shapes) shape.maxDelayNs = 20000;
     ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }

@@ -84,6 +84,7 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
   const uint64_t seed = testSeed();
   DecodeShape shape;
   shape.nTokens = 128;
+  shape.hidden = 1024; // more blocks than SMs
   DecodeRun run;
   run.timeoutMs = 3000;
   run.numSms = gpuCount() >= 2 ? 0 : 16;
