@@ -124,53 +124,64 @@ std::string checkSteps(GpuRank& rank, const std::vector<Layer>& layers, unsigned
 }
 
 struct StepRun {
-  int nRanks = 2;
-  int numSms = 8;
   int nSteps = 0;
   bool graph = false, inPhases = false;
   std::vector<StepShape> shapes;
 };
 using Meanwhile = std::function<std::string(GpuRank& rank, int step)>;
 
-std::string runSteps(uint64_t seed, const StepRun& r, const Meanwhile& meanwhile = nullptr) {
-  int maxTokens = 0;
-  for (const StepShape& shape : r.shapes) maxTokens = std::max(maxTokens, shape.nTokens);
-  DecodeRun run;
-  run.nRanks = r.nRanks;
-  run.numSms = r.numSms;
-  run.timeLimitMs = 60000 + 20 * r.nSteps;
-  const unsigned flags = r.inPhases ? NCCL_MOE_SEND_ONLY : 0u;
-  return runDecode(stepWorld(r.nRanks, maxTokens), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
-    std::vector<Layer> layers(r.shapes.size());
-    for (size_t i = 0; i < layers.size(); i++) {
-      RANK_TRY(makeLayer(rank, r.nRanks, r.shapes[i], seed + i, flags, &layers[i]));
-    }
-    RANK_CUDA(loadStepKernels());
-    RANK_CUDA(occupySms(0, 0, rank.stream()));
-    RANK_TRY(meetAll(rank, meeting, r.nRanks)); // nothing is loaded or set to zero any more
-    cudaGraphExec_t graph = nullptr;
+std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed, const StepRun& r,
+                     const Meanwhile& meanwhile) {
+  std::vector<Layer> layers(r.shapes.size());
+  for (size_t i = 0; i < layers.size(); i++) {
+    RANK_TRY(makeLayer(rank, nRanks, r.shapes[i], seed + i, r.inPhases ? NCCL_MOE_SEND_ONLY : 0u, &layers[i]));
+  }
+  RANK_CUDA(loadStepKernels());
+  RANK_CUDA(occupySms(0, 0, rank.stream()));
+  RANK_TRY(meetAll(rank, meeting, nRanks)); // nothing is loaded or set to zero any more
+  cudaGraphExec_t graph = nullptr;
+  if (r.graph) {
+    cudaGraph_t captured = nullptr;
+    RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
+    RANK_TRY(enqueueStep(rank, layers, r.inPhases));
+    RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
+    RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
+    RANK_CUDA(cudaGraphDestroy(captured));
+    RANK_CUDA(cudaGraphUpload(graph, rank.stream()));
+    RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+    RANK_TRY(meetAll(rank, meeting, nRanks));
+  }
+  for (int step = 0; step < r.nSteps; step++) {
+    if (meanwhile) RANK_TRY(meanwhile(rank, step));
     if (r.graph) {
-      cudaGraph_t captured = nullptr;
-      RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
+      RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+    } else {
       RANK_TRY(enqueueStep(rank, layers, r.inPhases));
-      RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-      RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-      RANK_CUDA(cudaGraphDestroy(captured));
-      RANK_CUDA(cudaGraphUpload(graph, rank.stream()));
-      RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-      RANK_TRY(meetAll(rank, meeting, r.nRanks));
     }
-    for (int step = 0; step < r.nSteps; step++) {
-      if (meanwhile) RANK_TRY(meanwhile(rank, step));
-      if (r.graph) {
-        RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
-      } else {
-        RANK_TRY(enqueueStep(rank, layers, r.inPhases));
-      }
+  }
+  RANK_TRY(checkSteps(rank, layers, static_cast<unsigned>(r.nSteps)));
+  RANK_TRY(meetAll(rank, meeting, nRanks));
+  if (r.graph) RANK_CUDA(cudaGraphExecDestroy(graph));
+  for (const Layer& layer : layers) RANK_OK(ncclMoeRoutingDestroy(layer.routing, rank.comm()), rank.comm());
+  return "";
+}
+
+// One after the other, by the same ranks.
+std::string runAll(int nRanks, int numSms, uint64_t seed, const std::vector<StepRun>& runs,
+                   const Meanwhile& meanwhile = nullptr) {
+  int maxTokens = 0;
+  DecodeRun run;
+  run.nRanks = nRanks;
+  run.numSms = numSms;
+  for (const StepRun& r : runs) {
+    for (const StepShape& shape : r.shapes) maxTokens = std::max(maxTokens, shape.nTokens);
+    run.timeLimitMs += 20 * r.nSteps;
+  }
+  return runDecode(stepWorld(nRanks, maxTokens), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+    for (size_t i = 0; i < runs.size(); i++) {
+      const std::string wrong = runSteps(rank, meeting, nRanks, seed, runs[i], meanwhile);
+      if (!wrong.empty()) return format("run %zu: ", i) + wrong;
     }
-    RANK_TRY(checkSteps(rank, layers, static_cast<unsigned>(r.nSteps)));
-    RANK_TRY(meetAll(rank, meeting, r.nRanks));
-    if (r.graph) RANK_CUDA(cudaGraphExecDestroy(graph));
     return "";
   });
 }
@@ -183,19 +194,21 @@ int smsFor(int nRanks) { return nRanks <= gpuCount() ? 0 : 8; }
 TEST(GpuDecodeSteps, GraphReplays) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
-  for (const ncclMoeLayout_t layout : kLayouts) {
-    for (const int nRanks : {2, 4}) {
-      StepRun r;
-      r.nRanks = nRanks;
-      r.numSms = smsFor(nRanks);
-      r.nSteps = iterations(600);
-      r.graph = true;
-      r.shapes = {StepShape()};
-      r.shapes[0].layout = layout;
-      r.shapes[0].cast = nRanks == 4;
-      ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks, layout "
-                                       << layout;
+  for (const int nRanks : {2, 4}) {
+    std::vector<StepRun> runs;
+    for (const ncclMoeLayout_t layout : kLayouts) {
+      for (const bool cast : {false, true}) {
+        StepRun r;
+        r.nSteps = iterations(600);
+        r.graph = true;
+        r.shapes = {StepShape()};
+        r.shapes[0].layout = layout;
+        r.shapes[0].cast = cast;
+        runs.push_back(r);
+      }
     }
+    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs), "")
+      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
@@ -205,8 +218,6 @@ TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
   const uint64_t seed = testSeed();
   for (const int nRanks : {2, 3}) {
     StepRun r;
-    r.nRanks = nRanks;
-    r.numSms = smsFor(nRanks);
     r.nSteps = iterations(400);
     r.graph = r.inPhases = true;
     r.shapes.resize(3);
@@ -215,7 +226,8 @@ TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
     r.shapes[1].cast = true;
     r.shapes[1].hidden = 2064;
     r.shapes[2].hidden = 1304; // more than a segment, and not a whole number of them
-    ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, {r}), "")
+      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
@@ -223,20 +235,23 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
   for (const int nRanks : {1, 2, 3, 4}) {
-    StepRun r;
-    r.nRanks = nRanks;
-    r.numSms = smsFor(nRanks);
-    r.nSteps = iterations(600);
-    r.inPhases = nRanks == 3;
-    r.shapes.resize(2);
-    r.shapes[0].nTokens = 3; // the shortest calls
-    r.shapes[0].hidden = 64;
-    r.shapes[0].layout = kLayouts[nRanks % 3];
-    r.shapes[1].hidden = 2048;
-    r.shapes[1].layout = kLayouts[(nRanks + 1) % 3];
-    r.shapes[1].cast = nRanks % 2 == 0;
-    for (StepShape& shape : r.shapes) shape.maxDelayNs = 20000;
-    ASSERT_EQ(runSteps(seed, r), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    std::vector<StepRun> runs;
+    for (const bool inPhases : {false, true}) {
+      StepRun r;
+      r.nSteps = iterations(600);
+      r.inPhases = inPhases;
+      r.shapes.resize(2);
+      r.shapes[0].nTokens = 3; // the shortest calls
+      r.shapes[0].hidden = 64;
+      r.shapes[0].layout = kLayouts[nRanks % 3];
+      r.shapes[1].hidden = 2048;
+      r.shapes[1].layout = kLayouts[(nRanks + 1) % 3];
+      r.shapes[1].cast = nRanks % 2 == 0;
+      for (StepShape& shape : r.shapes) shape.maxDelayNs = 20000;
+      runs.push_back(r);
+    }
+    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs), "")
+      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
@@ -247,8 +262,7 @@ TEST(GpuDecodeSteps, SlowRanks) {
   const uint64_t seed = testSeed();
   for (const int nRanks : {2, 4}) {
     StepRun r;
-    r.nRanks = nRanks;
-    r.numSms = nRanks == 2 && gpuCount() == 1 ? 32 : smsFor(nRanks);
+    const int numSms = nRanks == 2 && gpuCount() == 1 ? 32 : smsFor(nRanks);
     r.nSteps = std::min(iterations(120), 3000);
     r.inPhases = nRanks == 4;
     r.shapes.resize(2);
@@ -283,7 +297,8 @@ TEST(GpuDecodeSteps, SlowRanks) {
         return "";
       }
     };
-    ASSERT_EQ(runSteps(seed, r, disturb), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    ASSERT_EQ(runAll(nRanks, numSms, seed, {r}, disturb), "")
+      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 

@@ -106,6 +106,7 @@ TEST(GpuLatencyMode, PhasesInEveryOrder) {
       Random order(seed + 77), mine(seed + 78 + static_cast<uint64_t>(rank.rank()));
       for (int round = 0; round < kRounds; round++) {
         std::vector<DecodeCase> cases;
+        cases.reserve(static_cast<size_t>(nRoutings)); // the calls refer to them
         for (int i = 0; i < nRoutings; i++) {
           cases.push_back(makeDecode(seed + 1000 * static_cast<uint64_t>(round) + static_cast<uint64_t>(i), shapes[i]));
           RANK_TRY(routings[i].begin(rank, cases.back()));
@@ -156,6 +157,7 @@ TEST(GpuLatencyMode, BetweenTheHalvesTheGpuIsFree) {
   const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
     std::vector<InPhases> routings(kRoutings);
     std::vector<DecodeCase> cases;
+    cases.reserve(kRoutings); // the calls refer to them
     Stream other;
     RANK_CUDA(occupySms(0, 0, other));
     for (int i = 0; i < kRoutings; i++) {
