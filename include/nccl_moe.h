@@ -85,9 +85,10 @@ typedef struct ncclMoeRouting* ncclMoeRouting_t;
 
 /* Which kernels serve a communicator's calls. */
 typedef enum {
-  ncclMoeModeAuto = 0,       /* by maxTokens */
+  ncclMoeModeAuto = 0,       /* latency mode for routings of at most 512 maxTokens, if it can serve them */
   ncclMoeModeThroughput = 1, /* training and prefill: counts are exchanged, then rows go to their final slots */
-  ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves */
+  ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves.  At most 4094 experts, and
+                              * experts times maxTokens of a routing so many that their bits fit into 96 KiB */
 } ncclMoeMode_t;
 
 /* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs),
@@ -185,6 +186,39 @@ ncclResult_t pncclMoeCommAbort(ncclMoeComm_t moe);
  * Errors: ncclInvalidArgument. */
 ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
+
+/* Leaves ranks out of the communicator's calls, or takes them in again: after a rank has died or been slow for longer
+ * than timeoutMs, the others go on without it.  Latency mode only: while any rank is masked, routings that throughput
+ * mode serves cannot be used.
+ *   masked      host memory [R]: 1 leaves the rank out.  A caller's own is 0.
+ *   generation  larger than in any earlier call on this communicator, on any rank.
+ * Collective over the ranks that masked leaves in, with the same arguments; synchronises the host; not capturable; waits
+ * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
+ * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
+ * counted (ncclMoeCommGetStats); its tokens are nobody's.  Graphs captured before may be launched again.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout),
+ * ncclRemoteError (a rank that is left in did not come; may be called again), ncclUnhandledCudaError. */
+ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
+ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
+
+/* What latency mode's calls have counted since ncclMoeCommInit.  Counting costs nothing that was measured. */
+typedef struct ncclMoeCommStats {
+  size_t size;
+  unsigned int magic;
+  unsigned int version;
+  uint64_t* waitNs; /* host memory [R] or NULL: nanoseconds for which this rank's calls waited for each rank to begin
+                           * the same call.  The straggler is the one that the others wait for */
+  uint64_t* expertTokens; /* host memory [L] or NULL: rows that came for each local expert */
+  uint64_t leftOut;       /* selections that combine left out, for their ranks were masked */
+} ncclMoeCommStats_t;
+
+#define NCCL_MOE_COMM_STATS_INITIALIZER                                                                                \
+  { sizeof(ncclMoeCommStats_t), NCCL_MOE_MAGIC, NCCL_MOE_VERSION_CODE, NULL, NULL, 0 }
+
+/* Reads the counters as they stand, while calls may run.  Local; synchronises the host for a copy.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend), ncclUnhandledCudaError. */
+ncclResult_t ncclMoeCommGetStats(ncclMoeComm_t moe, ncclMoeCommStats_t* stats);
+ncclResult_t pncclMoeCommGetStats(ncclMoeComm_t moe, ncclMoeCommStats_t* stats);
 
 /* The sentence of the last error of this communicator, or with NULL of the calling thread; "" if none.  Valid until the
  * next call on that communicator (of that thread). */

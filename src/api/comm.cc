@@ -206,6 +206,41 @@ MOE_API ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* a
 }
 MOE_API_ALIAS(ncclMoeCommGetAsyncError);
 
+MOE_API ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation) {
+  const char* function = __func__;
+  return enter(moe, function, [&]() -> ncclResult_t {
+    MOECHECK(checkComm(moe, function));
+    if (masked == nullptr) return fail(ncclInvalidArgument, "%s: masked is NULL", function);
+    for (int r = 0; r < moe->nRanks; r++) {
+      if (masked[r] != 0 && masked[r] != 1) {
+        return fail(ncclInvalidArgument, "%s: masked[%d] %d is not 0 or 1", function, r, masked[r]);
+      }
+    }
+    if (masked[moe->rank] != 0)
+      return fail(ncclInvalidArgument, "%s: masked[%d] is this rank's own", function, moe->rank);
+    const ncclResult_t result = moe->backend->maskRanks(masked, generation);
+    if (result == ncclInvalidArgument || result == ncclInvalidUsage) return result; // nothing was done
+    for (const auto& routing : moe->routings) routing->phase = ncclMoeRouting::Phase::empty;
+    return result;
+  });
+}
+MOE_API_ALIAS(ncclMoeCommMaskRanks);
+
+MOE_API ncclResult_t ncclMoeCommGetStats(ncclMoeComm_t moe, ncclMoeCommStats_t* stats) {
+  const char* function = __func__;
+  return enter(moe, function, [&]() -> ncclResult_t {
+    MOECHECK(checkComm(moe, function));
+    ncclMoeCommStats_t known;
+    MOECHECK(loadStruct(stats, &known, function, "stats"));
+    const size_t callerSize = stats->size;
+    MOECHECK(moe->backend->stats(&known));
+    memcpy(stats, &known, callerSize < sizeof(known) ? callerSize : sizeof(known));
+    stats->size = callerSize;
+    return ncclSuccess;
+  });
+}
+MOE_API_ALIAS(ncclMoeCommGetStats);
+
 MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) try {
   if (moe == nullptr) return lastError();
   // Copies, for another thread may be changing the communicator's; one each, for the caller may hold several.

@@ -49,6 +49,8 @@ class Backend {
   virtual ncclResult_t memAlloc(void** ptr, size_t bytes) = 0;
   virtual ncclResult_t memFree(void* ptr) = 0;
   virtual size_t memoryBytes() = 0;
+  virtual ncclResult_t maskRanks(const int* masked, uint64_t generation) = 0;
+  virtual ncclResult_t stats(ncclMoeCommStats_t* stats) = 0;
   virtual int nScaleUpRanks() = 0;
   virtual bool onHost() = 0;
   // Any thread, at any time.

@@ -112,6 +112,8 @@ class DeviceBackend : public Backend {
     CUDACHECK(prepareCombine(sharedBytes_, &combineShapes_));
     CUDACHECK(prepareLatencyDispatch());
     CUDACHECK(prepareLatencyCombine());
+    CUDACHECK(prepareMeet());
+    MOECHECK(streamCreate(&own_));
     MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
     MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
     MOECHECK(eventCreate(&eager_.event));
@@ -142,6 +144,7 @@ class DeviceBackend : public Backend {
     NvtxRange range("ncclMoeRoutingCreate");
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeRoutingCreate"));
+    MOECHECK(nobodyMasked("ncclMoeRoutingCreate"));
     auto state = std::make_unique<DeviceRouting>();
     const ncclResult_t result = routingMake(routing.config, *state);
     if (result != ncclSuccess) {
@@ -201,6 +204,7 @@ class DeviceBackend : public Backend {
       MOECHECK(state.latency->dispatch(args, routing, sms(args.numSms, kLatencySms), stream));
       return (args.flags & NCCL_MOE_SEND_ONLY) != 0 ? ncclSuccess : noteCounts(state, stream);
     }
+    MOECHECK(nobodyMasked("ncclMoeDispatch"));
     const bool keep = (args.flags & NCCL_MOE_KEEP_ROUTING) != 0;
     PushArgs push{};
     push.comm = view();
@@ -310,6 +314,7 @@ class DeviceBackend : public Backend {
   ncclResult_t memAlloc(void** ptr, size_t bytes) override {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeMemAlloc"));
+    MOECHECK(nobodyMasked("ncclMoeMemAlloc"));
     int window = -1;
     MOECHECK(addWindow(bytes, false, &window));
     *ptr = windows_[window]->self();
@@ -328,6 +333,51 @@ class DeviceBackend : public Backend {
     releaseWindow(*found);
     userWindows_.erase(found);
     return result;
+  }
+
+  // What was under way when a rank went missing is given up: between two meetings, when nobody's kernels run, everybody
+  // empties what peers write into and starts counting calls anew.
+  ncclResult_t maskRanks(const int* masked, uint64_t generation) override {
+    DeviceScope scope(device_);
+    const char* function = "ncclMoeCommMaskRanks";
+    if (generation <= generation_ || generation >> 62 != 0) {
+      return fail(ncclInvalidArgument, "%s: generation %llu is not in %llu..2^62-1", function,
+                  static_cast<unsigned long long>(generation), static_cast<unsigned long long>(generation_ + 1));
+    }
+    if (failure_->code != kFailTimeout) MOECHECK(usable(function));
+    MOECHECK(drain());
+    generation_ = generation;
+    *failure_ = Failure{};
+    CUDACHECK(cudaMemsetAsync(windows_[0]->self() + offsetof(Control, failed), 0, sizeof(Control::failed), own_.get()));
+    MeetArgs meet{view(), 0, 2 * generation};
+    for (int r = 0; r < moe_.nRanks; r++) meet.masked |= static_cast<unsigned long long>(masked[r]) << r;
+    MOECHECK(meetRanks(meet, function));
+    masked_ = meet.masked;
+    CUDACHECK(cudaMemcpyAsync(&shared_->masked, &masked_, sizeof(masked_), cudaMemcpyHostToDevice, own_.get()));
+    char* window = windows_[0]->self();
+    CUDACHECK(cudaMemsetAsync(window, 0, layout_.meeting, own_.get()));
+    CUDACHECK(cudaMemsetAsync(window + layout_.rowFlags, 0, layout_.scales - layout_.rowFlags, own_.get()));
+    CUDACHECK(cudaStreamSynchronize(own_.get()));
+    for (const auto& routing : moe_.routings) {
+      if (stateOf(*routing).latency != nullptr) MOECHECK(stateOf(*routing).latency->empty());
+    }
+    meet.value++;
+    return meetRanks(meet, function);
+  }
+
+  ncclResult_t stats(ncclMoeCommStats_t* stats) override {
+    DeviceScope scope(device_);
+    const size_t nLocal = static_cast<size_t>(config_.nLocal[moe_.rank]);
+    std::vector<unsigned long long> counted(sizeof(LatencyShared) / sizeof(unsigned long long) + nLocal);
+    CUDACHECK(cudaMemcpyAsync(counted.data(), shared_, sizeof(counted[0]) * counted.size(), cudaMemcpyDeviceToHost,
+                              own_.get()));
+    CUDACHECK(cudaStreamSynchronize(own_.get()));
+    const auto* shared = reinterpret_cast<const LatencyShared*>(counted.data());
+    const auto* expertTokens = reinterpret_cast<const unsigned long long*>(shared + 1);
+    if (stats->waitNs != nullptr) std::copy(shared->waitNs, shared->waitNs + moe_.nRanks, stats->waitNs);
+    if (stats->expertTokens != nullptr) std::copy(expertTokens, expertTokens + nLocal, stats->expertTokens);
+    stats->leftOut = shared->leftOut;
+    return ncclSuccess;
   }
 
   size_t memoryBytes() override {
@@ -645,6 +695,19 @@ class DeviceBackend : public Backend {
     return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
   }
 
+  ncclResult_t meetRanks(const MeetArgs& meet, const char* function) {
+    CUDACHECK(launchMeet(meet, own_.get()));
+    CUDACHECK(cudaStreamSynchronize(own_.get()));
+    return usable(function);
+  }
+
+  // What all ranks must take part in, and throughput mode, need everybody.
+  ncclResult_t nobodyMasked(const char* function) const {
+    if (masked_ == 0) return ncclSuccess;
+    return fail(ncclInvalidUsage,
+                "%s: ranks are masked (ncclMoeCommMaskRanks); only latency mode's calls go on without them", function);
+  }
+
   // Waits for this rank's kernels, which end within the communicator's timeout.
   ncclResult_t drain() {
     if (bootstrap_->stuck()) {
@@ -666,8 +729,9 @@ class DeviceBackend : public Backend {
                                          "a row of combine",
                                          "the start of a call",
                                          "a row of dispatch",
-                                         "a row of combine"};
-    const char* const whose = f->phase >= kPhaseHeader ? "routing" : "communicator";
+                                         "a row of combine",
+                                         "ncclMoeCommMaskRanks"};
+    const char* const whose = f->phase >= kPhaseHeader && f->phase != kPhaseMeeting ? "routing" : "communicator";
     char text[256];
     switch (f->code) {
     case kFailNone:
@@ -739,6 +803,9 @@ class DeviceBackend : public Backend {
   int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
   uint32_t* dHomes_ = nullptr;
   LatencyShared* shared_ = nullptr;
+  UniqueStream own_; // for copies and meetings, beside the caller's streams
+  unsigned long long masked_ = 0;
+  uint64_t generation_ = 0; // of the last ncclMoeCommMaskRanks
   std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
   std::vector<int> userWindows_;
   std::bitset<kMaxWindows> released_; // of windows_: no longer in use, but kept

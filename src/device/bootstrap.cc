@@ -106,9 +106,9 @@ ncclResult_t ncclBootstrapCreate(std::unique_ptr<DeviceBootstrap>* bootstrap, nc
                                  int timeoutMs) {
   const NcclSymbols* nccl = nullptr;
   MOECHECK(ncclSymbols(&nccl));
-  cudaStream_t stream = nullptr;
-  CUDACHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  *bootstrap = std::make_unique<NcclBootstrap>(*nccl, comm, nRanks, timeoutMs, UniqueStream(stream));
+  UniqueStream stream;
+  MOECHECK(streamCreate(&stream));
+  *bootstrap = std::make_unique<NcclBootstrap>(*nccl, comm, nRanks, timeoutMs, std::move(stream));
   return ncclSuccess;
 }
 

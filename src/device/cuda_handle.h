@@ -105,4 +105,11 @@ struct StreamDestroy {
 };
 using UniqueStream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, StreamDestroy>;
 
+inline ncclResult_t streamCreate(UniqueStream* out) {
+  cudaStream_t stream = nullptr;
+  CUDACHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  out->reset(stream);
+  return ncclSuccess;
+}
+
 } // namespace moe

@@ -70,7 +70,16 @@ struct LatencyCombineArgs {
   uint32_t signature;
 };
 
+// The ranks that are not masked meet: none goes on before all have come.
+struct MeetArgs {
+  CommView comm;
+  unsigned long long masked;
+  unsigned long long value; // larger than at any earlier meeting
+};
+
 // As the other prepare functions.
+cudaError_t prepareMeet();
+cudaError_t launchMeet(const MeetArgs& args, cudaStream_t stream);
 cudaError_t prepareLatencyDispatch();
 cudaError_t prepareLatencyCombine();
 // Shared memory that a dispatch takes.

@@ -292,7 +292,7 @@ __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const C
   const int first = v.firstPosition;
   if (threadIdx.x < nRanks) {
     const int r = threadIdx.x;
-    uint4 header{};
+    uint4 header = make_uint4(0, 0, ~0u, 0); // of a masked rank
     if ((masked >> r & 1) == 0) {
       const uint64_t start = globalTimerNs();
       const Progress progress = awaitHeader(v, call, r, a.signature, mayStall, &header);

@@ -4,6 +4,7 @@
 //   Control           counters and sticky failure of this rank; only its own kernels use it
 //   mailbox[2][R]     what each rank says at the start of a call, by parity of the epoch: Message, then nExperts + R
 //   counts ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
+//   meeting[R]        how far rank r is in ncclMoeCommMaskRanks
 //   rowFlags[R][T]    epoch in which row i of source rank r arrived
 //   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them; an EXACT combine's weights
 //   grads[R][T][K]    weight gradients of arriving rows (combine)
@@ -43,7 +44,8 @@ enum WaitPhase : int {
   kPhaseCombineRow = 4,
   kPhaseHeader = 5, // from here on: latency mode
   kPhaseLatencyDispatchRow = 6,
-  kPhaseLatencyCombineRow = 7
+  kPhaseLatencyCombineRow = 7,
+  kPhaseMeeting = 8
 };
 
 // First failure of this rank's kernels, in host memory that the device writes: fields first, code last.
@@ -102,7 +104,7 @@ struct Selection {
 struct CommLayout {
   int nRanks, nExperts, maxTokens, maxTopK;
   size_t rowStride, scaleStride, nRows;
-  size_t mailbox, mailboxStride, ready, rowFlags, scales, grads, rows, bytes;
+  size_t mailbox, mailboxStride, ready, meeting, rowFlags, scales, grads, rows, bytes;
 
   CommLayout() = default;
   CommLayout(int ranks, int experts, int tokens, int topK, size_t maxRowBytes)
@@ -113,7 +115,8 @@ struct CommLayout {
     mailbox = align128(sizeof(Control));
     mailboxStride = align128(sizeof(Message) + sizeof(int) * (static_cast<size_t>(experts) + ranks));
     ready = mailbox + 2 * ranks * mailboxStride;
-    rowFlags = ready + align128(sizeof(unsigned long long) * ranks);
+    meeting = ready + align128(sizeof(unsigned long long) * ranks);
+    rowFlags = meeting + align128(sizeof(unsigned long long) * ranks);
     scales = rowFlags + align128(sizeof(uint32_t) * slots);
     grads = scales + slots * scaleStride;
     rows = grads + align128(sizeof(float) * slots * topK);

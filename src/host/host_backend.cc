@@ -405,6 +405,14 @@ ncclResult_t HostBackend::memFree(void* ptr) {
   return ncclSuccess;
 }
 
+ncclResult_t HostBackend::maskRanks(const int*, uint64_t) {
+  return fail(ncclInvalidUsage, "ncclMoeCommMaskRanks: the host backend cannot leave ranks out");
+}
+
+ncclResult_t HostBackend::stats(ncclMoeCommStats_t*) {
+  return fail(ncclInvalidUsage, "ncclMoeCommGetStats: the host backend keeps no statistics");
+}
+
 size_t HostBackend::memoryBytes() {
   size_t bytes = scratch_.size() + routingBytes_;
   for (const auto& channel : channels_) bytes += channel ? channel->memoryBytes() : 0;

@@ -59,6 +59,8 @@ class HostBackend final : public Backend {
   ncclResult_t memAlloc(void** ptr, size_t bytes) override;
   ncclResult_t memFree(void* ptr) override;
   size_t memoryBytes() override;
+  ncclResult_t maskRanks(const int* masked, uint64_t generation) override;
+  ncclResult_t stats(ncclMoeCommStats_t* stats) override;
   int nScaleUpRanks() override;
   bool onHost() override { return true; }
   void abort() override;

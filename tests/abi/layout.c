@@ -33,6 +33,14 @@ FIELD(ncclMoeCommInfo_t, onHost, 28);
 FIELD(ncclMoeCommInfo_t, memoryBytes, 32);
 FIELD(ncclMoeCommInfo_t, nScaleUpRanks, 40);
 
+SIZE(ncclMoeCommStats_t, 40);
+FIELD(ncclMoeCommStats_t, size, 0);
+FIELD(ncclMoeCommStats_t, magic, 8);
+FIELD(ncclMoeCommStats_t, version, 12);
+FIELD(ncclMoeCommStats_t, waitNs, 16);
+FIELD(ncclMoeCommStats_t, expertTokens, 24);
+FIELD(ncclMoeCommStats_t, leftOut, 32);
+
 SIZE(ncclMoeRoutingConfig_t, 40);
 FIELD(ncclMoeRoutingConfig_t, size, 0);
 FIELD(ncclMoeRoutingConfig_t, magic, 8);

@@ -230,6 +230,15 @@ TEST(Arguments, CommunicatorAndMemory) {
               RANK_RESULT(ncclMoeCommGetInfo(comm, &info), ncclInvalidArgument, nullptr, "info");
               info.magic = NCCL_MOE_MAGIC;
               RANK_OK(ncclMoeCommGetInfo(comm, &info), comm);
+              ncclMoeCommStats_t stats = NCCL_MOE_COMM_STATS_INITIALIZER;
+              RANK_RESULT(ncclMoeCommGetStats(comm, nullptr), ncclInvalidArgument, comm, "stats");
+              RANK_RESULT(ncclMoeCommGetStats(nullptr, &stats), ncclInvalidArgument, nullptr, "moe");
+              RANK_RESULT(ncclMoeCommGetStats(comm, &stats), ncclInvalidUsage, comm, "host backend");
+              const int nobody = 0, oneself = 1;
+              RANK_RESULT(ncclMoeCommMaskRanks(nullptr, &nobody, 1), ncclInvalidArgument, nullptr, "moe");
+              RANK_RESULT(ncclMoeCommMaskRanks(comm, nullptr, 1), ncclInvalidArgument, comm, "masked");
+              RANK_RESULT(ncclMoeCommMaskRanks(comm, &oneself, 1), ncclInvalidArgument, comm, "masked[0]");
+              RANK_RESULT(ncclMoeCommMaskRanks(comm, &nobody, 1), ncclInvalidUsage, comm, "host backend");
               RANK_CHECK(info.rank == 0 && info.nRanks == 1 && info.nLocalExperts == kExperts && info.onHost == 1 &&
                          info.nScaleUpRanks == 1);
               ncclResult_t async = ncclInternalError;

@@ -1,0 +1,178 @@
+// Ranks that are left out of latency mode's calls and come back, and what the communicator has counted.
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "gpu/exchange_case.h"
+
+namespace moe::test {
+namespace {
+
+constexpr size_t kArenaBytes = size_t{64} << 20;
+constexpr int kTimeLimitMs = 60000;
+constexpr int kRanks = 3, kLost = 2, kTokens = 48, kTimeoutMs = 700;
+
+// The case as it is without rank kLost: none of its tokens, and none of the selections of its experts.
+ExchangeCase without(const ExchangeCase& whole, uint64_t seed) {
+  ExchangeCase rest;
+  rest.world = whole.world;
+  rest.routing = whole.routing;
+  DispatchProblem p = whole.reference->problem();
+  for (int r = 0; r < kRanks; r++) {
+    Source& source = p.sources[static_cast<size_t>(r)];
+    for (int64_t& expert : source.topkIdx) {
+      if (expert >= 0 && whole.world.expertToRank[static_cast<size_t>(expert)] == kLost) expert = -1;
+    }
+  }
+  p.sources[kLost] = Source();
+  rest.reference = std::make_unique<Reference>(p);
+  rest.combine = whole.combine;
+  Random random(seed);
+  fillCombine(random, *rest.reference, false, &rest.combine);
+  return rest;
+}
+
+// Selections of this rank's tokens whose experts are on the lost rank.
+uint64_t selectionsOfLost(const ExchangeCase& whole, int rank) {
+  uint64_t n = 0;
+  for (int t = 0; t < kTokens; t++) {
+    for (int k = 0; k < whole.routing.topK; k++) n += whole.reference->rankOf(rank, t, k) == kLost ? 1 : 0;
+  }
+  return n;
+}
+
+// A dispatch and a combine of the case, checked.  ids: what topkIdx says instead of the case's.
+std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e, const std::vector<int64_t>* ids) {
+  DispatchStyle style;
+  style.slack = 64;
+  DispatchCall dispatch(*e.reference, rank.rank(), style);
+  CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
+  RANK_TRY(rank.upload(dispatch, false));
+  RANK_TRY(rank.upload(combine, false));
+  if (ids != nullptr) {
+    RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), ids->data(), sizeof(int64_t) * ids->size(),
+                              cudaMemcpyHostToDevice, rank.stream()));
+  }
+  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  ncclResult_t async = ncclSuccess;
+  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+  RANK_TRY(expectResult("async error", async, ncclSuccess, rank.comm()));
+  RANK_TRY(rank.download());
+  RANK_TRY(dispatch.verify());
+  RANK_TRY(combine.verify());
+  rank.forget();
+  return "";
+}
+
+std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
+  DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
+  RANK_TRY(rank.upload(dispatch, false));
+  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  ncclResult_t async = ncclSuccess;
+  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+  RANK_TRY(expectResult("async error", async, ncclRemoteError, rank.comm(), "rank 2"));
+  rank.forget();
+  return "";
+}
+
+ncclMoeConfig_t latencyConfig(const ExchangeCase& e) {
+  ncclMoeConfig_t config = e.world.config();
+  config.mode = ncclMoeModeLatency;
+  config.numSms = 8;
+  config.timeoutMs = kTimeoutMs;
+  return config;
+}
+
+TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
+  NEED_GPUS(1);
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  ExchangeCase whole = makeExchange(seed, kRanks, kTokens, kTokens + 5);
+  const ExchangeCase rest = without(whole, seed + 1);
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      GpuRank rank(r, kRanks, r % nDevices);
+      const ncclMoeConfig_t config = latencyConfig(whole);
+      RANK_TRY(rank.init(config, meeting, kArenaBytes));
+      ncclMoeRouting_t routing = nullptr;
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &whole.routing), rank.comm());
+      for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
+      const int without2[kRanks] = {0, 0, 1}, all[kRanks] = {0, 0, 0}, self[kRanks] = {r == 0, r == 1, r == 2};
+      const int odd[kRanks] = {0, 0, -1};
+      RANK_TRY(expectResult("mask of NULL", ncclMoeCommMaskRanks(rank.comm(), nullptr, 1), ncclInvalidArgument,
+                            rank.comm(), "masked"));
+      RANK_TRY(expectResult("mask of itself", ncclMoeCommMaskRanks(rank.comm(), self, 1), ncclInvalidArgument,
+                            rank.comm(), "own"));
+      if (r != kLost) {
+        RANK_TRY(expectResult("mask of -1", ncclMoeCommMaskRanks(rank.comm(), odd, 1), ncclInvalidArgument, rank.comm(),
+                              "masked[2]"));
+        RANK_TRY(lostRankIsNamed(rank, routing, whole));
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, 1), rank.comm());
+        RANK_TRY(expectResult("an old generation", ncclMoeCommMaskRanks(rank.comm(), without2, 1), ncclInvalidArgument,
+                              rank.comm(), "generation"));
+        ncclMoeRouting_t another = nullptr;
+        RANK_TRY(expectResult("a routing while masked", ncclMoeRoutingCreate(&another, rank.comm(), &whole.routing),
+                              ncclInvalidUsage, rank.comm(), "masked"));
+        CombineCall early(*whole.reference, whole.combine, r, false, 0);
+        RANK_TRY(rank.upload(early, false));
+        RANK_TRY(expectResult("combine of what was given up",
+                              ncclMoeCombine(&early.args(), routing, rank.comm(), rank.stream()), ncclInvalidUsage,
+                              rank.comm(), "no dispatch"));
+        rank.forget();
+        const std::vector<int64_t>& ids = whole.reference->problem().sources[static_cast<size_t>(r)].topkIdx;
+        for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, rest, &ids));
+        ncclMoeCommStats_t stats = NCCL_MOE_COMM_STATS_INITIALIZER;
+        std::vector<uint64_t> waitNs(kRanks), expertTokens(static_cast<size_t>(whole.world.nExperts / kRanks));
+        stats.waitNs = waitNs.data();
+        stats.expertTokens = expertTokens.data();
+        RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
+        const uint64_t lost = 3 * selectionsOfLost(whole, r);
+        RANK_CHECK(stats.leftOut == lost, "left out %llu selections instead of %llu", (unsigned long long)stats.leftOut,
+                   (unsigned long long)lost);
+        for (size_t l = 0; l < expertTokens.size(); l++) {
+          const uint64_t want = 3 * static_cast<uint64_t>(whole.reference->delivery(r).expertCounts[l]) +
+                                3 * static_cast<uint64_t>(rest.reference->delivery(r).expertCounts[l]);
+          RANK_CHECK(expertTokens[l] == want, "expert %zu had %llu rows instead of %llu", l,
+                     (unsigned long long)expertTokens[l], (unsigned long long)want);
+        }
+      }
+      std::vector<int> ranks(kRanks);
+      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 2), rank.comm());
+      for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
+      return rank.destroy();
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+TEST(GpuMask, ARankThatIsLeftInButDoesNotComeIsNamed) {
+  NEED_GPUS(1);
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  const ExchangeCase e = makeExchange(seed, kRanks, kTokens, kTokens);
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      GpuRank rank(r, kRanks, r % nDevices);
+      const ncclMoeConfig_t config = latencyConfig(e);
+      RANK_TRY(rank.init(config, meeting, kArenaBytes));
+      ncclMoeRouting_t routing = nullptr;
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &e.routing), rank.comm());
+      const int all[kRanks] = {0, 0, 0};
+      if (r != kLost) {
+        RANK_TRY(expectResult("mask without rank 2", ncclMoeCommMaskRanks(rank.comm(), all, 5), ncclRemoteError,
+                              rank.comm(), "ncclMoeCommMaskRanks from rank 2"));
+      }
+      std::vector<int> ranks(kRanks);
+      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 6), rank.comm());
+      RANK_TRY(exchange(rank, routing, e, nullptr));
+      return rank.destroy();
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+} // namespace
+} // namespace moe::test
