@@ -395,16 +395,19 @@ typedef struct ncclMoeCombineArgs {
               * if T is 0. */
   float* gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1; or NULL */
   /* how */
-  unsigned int flags;  /* NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT */
-  int numSms;          /* 0: the communicator's */
-  int withGradWeights; /* 1: weight gradients are returned; gradWeights and gradTopkWeights are then needed, but on
+  unsigned int flags;   /* NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT */
+  int numSms;           /* 0: the communicator's */
+  int withGradWeights;  /* 1: weight gradients are returned; gradWeights and gradTopkWeights are then needed, but on
                         * ranks that have no rows, or no tokens.  The same on every rank */
+  ncclMoeQuant_t quant; /* ncclMoeQuantFp8: half the bytes cross.  Latency mode only, ncclBfloat16 only, not with EXACT.
+                         * Each rank's FP32 sum of a token is not rounded to type but cast as dispatch casts rows; the
+                         * owner adds q * scale, each product rounded to FP32 */
 } ncclMoeCombineArgs_t;
 
 #define NCCL_MOE_COMBINE_ARGS_INITIALIZER                                                                              \
   {                                                                                                                    \
     sizeof(ncclMoeCombineArgs_t), NCCL_MOE_MAGIC, NCCL_MOE_VERSION_CODE, NULL, ncclBfloat16, 0, NULL, NULL, NULL,      \
-      NULL, 0, 0, 0                                                                                                    \
+      NULL, 0, 0, 0, ncclMoeQuantNone                                                                                  \
   }
 
 /* Brings rows back to their tokens' owners and sums them.  The sum of a token is made in FP32 and in a fixed order:
@@ -413,7 +416,7 @@ typedef struct ncclMoeCombineArgs {
  *            order of the ranks, starting from 0, in FP32, and rounds to type.  One row per (token, rank) crosses
  *            the wire.
  *   EXACT    the owner adds the (weighted) rows in the order of k and rounds once.  One row per selection crosses.
- * Collective (hidden, type, flags, withGradWeights and whether weights are given: the same on every rank);
+ * Collective (hidden, type, flags, quant, withGradWeights and whether weights are given: the same on every rank);
  * stream-ordered; may be captured.  Needs a dispatch of the same routing before it, and may be repeated. Errors:
  * ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,

@@ -145,6 +145,15 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
             function);
   CHECK_ARG((a.flags & NCCL_MOE_EXACT) == 0 || !rankMajor, "%s: NCCL_MOE_EXACT does not go with ncclMoeLayoutRankMajor",
             function);
+  const int quant = enumValue(a.quant);
+  CHECK_ARG(quant == ncclMoeQuantNone || quant == ncclMoeQuantFp8,
+            "%s: args.quant %d is not ncclMoeQuantNone or ncclMoeQuantFp8", function, quant);
+  if (quant != ncclMoeQuantNone) {
+    CHECK_ARG(type == ncclBfloat16, "%s: args.quant needs args.type ncclBfloat16", function);
+    CHECK_ARG(a.hidden % 16 == 0, "%s: args.hidden %d is not a multiple of 16, which the FP8 cast needs", function,
+              a.hidden);
+    CHECK_ARG((a.flags & NCCL_MOE_EXACT) == 0, "%s: args.quant does not go with NCCL_MOE_EXACT", function);
+  }
   CHECK_ARG(a.withGradWeights == 0 || a.withGradWeights == 1, "%s: args.withGradWeights %d is not 0 or 1", function,
             a.withGradWeights);
   CHECK_ARG(a.withGradWeights == 1 || (a.gradWeights == nullptr && a.gradTopkWeights == nullptr),

@@ -274,6 +274,11 @@ class DeviceBackend : public Backend {
       launched_ = true;
       return state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream);
     }
+    MOECHECK(nobodyMasked("ncclMoeCombine"));
+    if (args.quant != ncclMoeQuantNone) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeCombine: args.quant is for latency mode, which does not serve this routing");
+    }
     CombineArgs combine{};
     combine.comm = view();
     combine.routing = view(routing);

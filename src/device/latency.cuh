@@ -109,6 +109,24 @@ __device__ __forceinline__ int loadPick(const LatencyView& v, unsigned buffer, i
   return pickOf(packet, lane % kPicksPerPacket);
 }
 
+// The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet, which lane i
+// of *extras gets and, after the journey, has.
+__device__ __forceinline__ void packScales(float scale, bool active, int i, uint4* extras) {
+  const uint32_t bits = active ? __float_as_uint(scale) : 0u;
+  const uint4 four = make_uint4(__shfl_sync(~0u, bits, 0), __shfl_sync(~0u, bits, 8), __shfl_sync(~0u, bits, 16),
+                                __shfl_sync(~0u, bits, 24));
+  if (static_cast<int>(threadIdx.x & 31) == i) *extras = four;
+}
+__device__ __forceinline__ float unpackScale(const uint4& extras, int i) {
+  uint32_t mine = 0;
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    const uint32_t bits = __shfl_sync(~0u, word(extras, w), i);
+    if ((threadIdx.x & 31) / 8 == w) mine = bits;
+  }
+  return __uint_as_float(mine);
+}
+
 // ------------------------------------------------------------------------------------------------------- waits ----
 
 // Whether a wait that began at `start` shall go on.  May diverge.

@@ -61,6 +61,8 @@ struct LatencyCombineArgs {
   int rowBytes;
   ncclDataType_t type;
   bool exact;
+  bool cast;     // sums travel as FP8
+  int wireBytes; // of a row on its way
   const float* weights;
   const float* gradWeights;
   bool withGrads;

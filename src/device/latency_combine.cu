@@ -2,10 +2,12 @@
 //
 // Send.  Items: 0 the headers; then for each row that the last dispatch brought, source by source and token by token, its
 // segments, and with weight gradients unit 0.  A warp adds up this rank's (weighted) rows of the token and stores the sum into the
-// owner's record of plane "this rank"; with EXACT it stores each row into the plane of its selection, with its weight.
+// owner's record of plane "this rank"; with EXACT it stores each row into the plane of its selection, with its weight.  With the
+// cast, sums travel as FP8, with the scales of a segment in its extra packets.
 // Receive.  Items: 0 the headers of all ranks; then for each own token its segments.  A warp waits for the packets of all planes
 // that the token has, in groups, adds them in the order of the planes and stores the sum where the caller wants it.
 // See latency.cuh for packets, waits and who sends.
+#include "device/cast.cuh"
 #include "device/latency.cuh"
 #include "device/row_sum.cuh"
 
@@ -21,8 +23,8 @@ struct Shape {
   int nUnits;              // 1 + segments, or without weight gradients the segments alone
   int firstUnit;
   __device__ __forceinline__ explicit Shape(const LatencyCombineArgs& a)
-    : nSegments((a.rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes)),
-      nPackets(a.rowBytes / kPacketBytes), nUnits(nSegments + (a.withGrads ? 1 : 0)), firstUnit(a.withGrads ? 0 : 1) {}
+    : nSegments((a.wireBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes)),
+      nPackets(a.wireBytes / kPacketBytes), nUnits(nSegments + (a.withGrads ? 1 : 0)), firstUnit(a.withGrads ? 0 : 1) {}
 };
 
 // The place of one lane's packets in a segment.
@@ -99,6 +101,62 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
   if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, rank, t, 1 + segment);
 }
 
+// The same of BF16 rows, cast.  A packet holds the elements of two vectors.
+__device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const Call& call, int owner, int t,
+                                            int segment, const Place& place, int entry, unsigned here) {
+  using T = __nv_bfloat16;
+  const LatencyView& v = a.view;
+  const int rank = v.comm.rank, lane = threadIdx.x & 31;
+  uint4* record = packets(v.peers[owner], v.layout.record(call.parity, rank, t));
+  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+  const unsigned rows = v.kind == ncclMoeLayoutRankMajor ? here & -here : here;
+  uint4 extras{};
+  bool looksEmpty = false;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float sum[16] = {};
+#pragma unroll 1
+    for (unsigned rest = rows; rest != 0;) {
+      uint4 raw[kRowsAtATime][2] = {};
+      float weights[kRowsAtATime];
+      int n = 0;
+#pragma unroll
+      for (int j = 0; j < kRowsAtATime; j++) {
+        if (rest == 0) continue;
+        const int k = __ffs(rest) - 1;
+        rest &= rest - 1;
+        n++;
+        weights[j] = __shfl_sync(~0u, weight, k);
+        const long long slot = __shfl_sync(~0u, entry, k);
+        const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+        if (place.has[i]) raw[j][0] = loadOnce(row + 2 * place.at[i]), raw[j][1] = loadOnce(row + 2 * place.at[i] + 1);
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtATime; j++) {
+        if (j >= n) continue;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float f[8];
+          Vec<T>::load(raw[j][h], f);
+          addProduct<8>(sum + 8 * h, weights[j], f);
+        }
+      }
+    }
+    float scale;
+    const uint4 packet = castSixteen(sum, false, &scale);
+    packScales(scale, place.has[i], i, &extras);
+    if (place.has[i]) {
+      storePacket(record + place.at[i], packet);
+      looksEmpty = looksEmpty || isEmpty(packet);
+    }
+  }
+  if (lane < 2 && segment * kSegmentPackets + 32 * lane < a.wireBytes / kPacketBytes) {
+    storePacket(record + v.layout.extrasOf(segment) + lane, extras);
+    looksEmpty = looksEmpty || isEmpty(extras);
+  }
+  if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, rank, t, 1 + segment);
+}
+
 __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call& call, int owner, int t, int segment,
                                          const Place& place, int entry, unsigned here) {
   const LatencyView& v = a.view;
@@ -148,7 +206,7 @@ __device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Cal
 }
 
 // Item 1 + n: row n % nRows, its unit n / nRows.
-template <class T>
+template <class T, bool kCast>
 __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
                                          unsigned long long masked, const int (&nTokens)[2], int nRows, int item,
                                          const Claim& claim) {
@@ -176,7 +234,9 @@ __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call
     return;
   }
   const Place place(unit - 1, shape.nPackets);
-  if (a.exact) {
+  if constexpr (kCast) {
+    sendCastSum(a, call, owner, t, unit - 1, place, entry, here);
+  } else if (a.exact) {
     sendRows(a, call, owner, t, unit - 1, place, entry, here);
   } else {
     sendSum<T>(a, call, owner, t, unit - 1, place, entry, here);
@@ -217,8 +277,7 @@ __device__ __forceinline__ unsigned long long planesOf(const LatencyCombineArgs&
 
 template <class T, bool kExact>
 __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, const Call& call, int t, int segment,
-                                                   int nPackets, int rankOfPick, unsigned long long planes,
-                                                   bool mayStall) {
+                                                   int nPackets, unsigned long long planes, bool mayStall) {
   constexpr int kElems = Vec<T>::kElems;
   constexpr int kPlanes = kPlanesAtATime<kExact>;
   constexpr int kEach = kExact ? 3 : 2; // packets of a lane in a plane
@@ -294,6 +353,48 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   return Progress::done;
 }
 
+// The same of sums that were cast.
+__device__ __forceinline__ Progress receiveCast(const LatencyCombineArgs& a, const Call& call, int t, int segment,
+                                                int nPackets, unsigned long long planes, bool mayStall) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  const Place place(segment, nPackets);
+  const bool hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+  const auto record = [&](int plane) { return packets(own(v), v.layout.record(call.parity, plane, t)); };
+  float sum[2][16] = {};
+#pragma unroll 1
+  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
+    const int plane = __ffsll(static_cast<long long>(rest)) - 1;
+    const uint4* base = record(plane);
+    const uint4* from[3] = {place.has[0] ? base + place.at[0] : nullptr, place.has[1] ? base + place.at[1] : nullptr,
+                            hasExtras ? base + v.layout.extrasOf(segment) + lane : nullptr};
+    uint4 got[3] = {};
+    const Progress progress = take<false>(
+      v.comm, kPhaseLatencyCombineRow, [&](int) { return plane; }, call.tag, mayStall, from, got,
+      [&](int) { return isLiteral(v, call, plane, t, 1 + segment); });
+    if (progress != Progress::done) return progress;
+#pragma unroll
+    for (int i = 0; i < 2; i++) addCast(sum[i], got[i], unpackScale(got[2], i));
+  }
+  uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (!place.has[i]) continue;
+    out[2 * place.at[i]] = Vec<__nv_bfloat16>::store(sum[i]);
+    out[2 * place.at[i] + 1] = Vec<__nv_bfloat16>::store(sum[i] + 8);
+  }
+#pragma unroll 1
+  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
+    uint4* base = record(__ffsll(static_cast<long long>(rest)) - 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (place.has[i]) base[place.at[i]] = emptyPacket();
+    }
+    if (hasExtras) base[v.layout.extrasOf(segment) + lane] = emptyPacket();
+  }
+  return Progress::done;
+}
+
 __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, const Call& call, int t, int rankOfPick,
                                                  unsigned long long masked, bool mayStall) {
   const LatencyView& v = a.view;
@@ -327,7 +428,7 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
   return Progress::done;
 }
 
-template <class T>
+template <class T, bool kCast>
 __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
                                                 bool mayStall) {
@@ -338,9 +439,14 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
   const int rankOfPick = pick != kNoPick ? v.comm.positionRank[pick] : -1;
   if (unit == 0) return receiveGrads(a, call, t, rankOfPick, masked, mayStall);
   const unsigned long long planes = planesOf(a, rankOfPick, masked);
-  const Progress progress =
-    a.exact ? receiveSegment<T, true>(a, call, t, unit - 1, shape.nPackets, rankOfPick, planes, mayStall)
-            : receiveSegment<T, false>(a, call, t, unit - 1, shape.nPackets, rankOfPick, planes, mayStall);
+  Progress progress;
+  if constexpr (kCast) {
+    progress = receiveCast(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
+  } else if (a.exact) {
+    progress = receiveSegment<T, true>(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
+  } else {
+    progress = receiveSegment<T, false>(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
+  }
   if (masked != 0 && unit == 1 && progress == Progress::done) {
     const unsigned lost = __ballot_sync(~0u, rankOfPick >= 0 && (masked >> rankOfPick & 1) != 0);
     if ((threadIdx.x & 31) == 0 && lost != 0) {
@@ -350,7 +456,7 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
   return progress;
 }
 
-template <class T>
+template <class T, bool kCast>
 __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid_constant__ LatencyCombineArgs a) {
   const LatencyView& v = a.view;
   const LatencyState* state = stateOf(v);
@@ -376,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
       const Claim claim = shares.claim(share);
 #pragma unroll 1
       for (int i = share; i < nSend; i += Shares::stride())
-        sendItem<T>(a, call, shape, masked, tokens, nRows, i, claim);
+        sendItem<T, kCast>(a, call, shape, masked, tokens, nRows, i, claim);
       share = -1;
     }
     if (!a.halves.receive) return;
@@ -384,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
 #pragma unroll 1
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =
-        receiveItem<T>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
+        receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
       if (__builtin_expect(progress == Progress::failed, 0)) break;
       if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();
@@ -401,8 +507,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
 
 cudaError_t prepareLatencyCombine() {
   cudaError_t result = cudaSuccess;
-  for (auto* kernel :
-       {latencyCombineKernel<__nv_bfloat16>, latencyCombineKernel<__half>, latencyCombineKernel<float>}) {
+  for (auto* kernel : {latencyCombineKernel<__nv_bfloat16, false>, latencyCombineKernel<__nv_bfloat16, true>,
+                       latencyCombineKernel<__half, false>, latencyCombineKernel<float, false>}) {
     cudaFuncAttributes attributes;
     if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, kernel);
   }
@@ -410,10 +516,11 @@ cudaError_t prepareLatencyCombine() {
 }
 
 cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream) {
-  auto* kernel = args.type == ncclBfloat16  ? latencyCombineKernel<__nv_bfloat16>
-                 : args.type == ncclFloat16 ? latencyCombineKernel<__half>
-                                            : latencyCombineKernel<float>;
-  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.rowBytes, maxSms),
+  auto* kernel = args.cast                   ? latencyCombineKernel<__nv_bfloat16, true>
+                 : args.type == ncclBfloat16 ? latencyCombineKernel<__nv_bfloat16, false>
+                 : args.type == ncclFloat16  ? latencyCombineKernel<__half, false>
+                                             : latencyCombineKernel<float, false>;
+  return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, maxSms),
                                           kThreads, 0, stream, args);
 }
 

@@ -242,10 +242,7 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
         const uint4 raw[2] = {out.raw[2 * i], out.raw[2 * i + 1]};
         float scale;
         packet[i] = castSixteen(raw, a.quant == ncclMoeQuantFp8Ue8m0, &scale);
-        const uint32_t bits = at[i] < nPackets ? __float_as_uint(scale) : 0u;
-        const uint4 four = make_uint4(__shfl_sync(~0u, bits, 0), __shfl_sync(~0u, bits, 8), __shfl_sync(~0u, bits, 16),
-                                      __shfl_sync(~0u, bits, 24));
-        if (lane == i) extras = four;
+        packScales(scale, at[i] < nPackets, i, &extras);
       }
       hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
     } else {

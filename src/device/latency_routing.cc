@@ -124,6 +124,8 @@ ncclResult_t LatencyRouting::combine(const ncclMoeCombineArgs_t& args, const ncc
   a.rowBytes = args.hidden * typeBytes(args.type);
   a.type = args.type;
   a.exact = (args.flags & NCCL_MOE_EXACT) != 0;
+  a.cast = args.quant != ncclMoeQuantNone;
+  a.wireBytes = a.cast ? args.hidden : a.rowBytes;
   a.weights = args.weights;
   a.gradWeights = args.gradWeights;
   a.withGrads = args.withGradWeights != 0;
@@ -131,7 +133,7 @@ ncclResult_t LatencyRouting::combine(const ncclMoeCombineArgs_t& args, const ncc
   a.gradTopkWeights = args.gradTopkWeights;
   a.nTokens = routing.nTokens;
   a.signature = static_cast<uint32_t>(a.rowBytes) * 2246822519u ^ static_cast<uint32_t>(args.type) << 4 ^
-                (a.exact ? 4u : 0u) ^ (a.withGrads ? 8u : 0u) ^ 1u;
+                (a.exact ? 4u : 0u) ^ (a.withGrads ? 8u : 0u) ^ (a.cast ? 2u : 0u) ^ 1u;
   combine_ = a;
   maxSms_ = maxSms;
   CUDACHECK(launchLatencyCombine(a, maxSms, stream));

@@ -365,6 +365,9 @@ ncclResult_t HostBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeRou
 ncclResult_t HostBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRouting& routing, cudaStream_t) {
   auto* state = static_cast<HostRouting*>(routing.state.get());
   MOECHECK(checkUsable());
+  if (args.quant != ncclMoeQuantNone) {
+    return fail(ncclInvalidUsage, "ncclMoeCombine: args.quant is for CUDA memory in latency mode");
+  }
   std::unique_ptr<Op> op = makeCombine(*this, args, *state);
   state->lastCall = op->sequence();
   if ((args.flags & NCCL_MOE_SEND_ONLY) != 0) return launch(std::move(op), *state);

@@ -92,6 +92,7 @@ FIELD(ncclMoeCombineArgs_t, gradTopkWeights, 56);
 FIELD(ncclMoeCombineArgs_t, flags, 64);
 FIELD(ncclMoeCombineArgs_t, numSms, 68);
 FIELD(ncclMoeCombineArgs_t, withGradWeights, 72);
+FIELD(ncclMoeCombineArgs_t, quant, 76);
 VALUE(ncclSuccess, 0);
 VALUE(ncclUnhandledCudaError, 1);
 VALUE(ncclSystemError, 2);

@@ -288,6 +288,22 @@ std::vector<BadCombine> badCombines() {
      "args.flags"},
     {"unknown flag", kExpertMajor, [](Combine& a, const Tensors&) { a.flags = 1u << 31; }, "args.flags"},
     {"numSms negative", kRankMajor, [](Combine& a, const Tensors&) { a.numSms = -1; }, "args.numSms"},
+    {"quant unknown", kRankMajor, [](Combine& a, const Tensors&) { a.quant = static_cast<ncclMoeQuant_t>(7); },
+     "args.quant"},
+    {"quant UE8M0", kRankMajor, [](Combine& a, const Tensors&) { a.quant = ncclMoeQuantFp8Ue8m0; }, "args.quant"},
+    {"quant of FP32", kRankMajor,
+     [](Combine& a, const Tensors&) {
+       a.quant = ncclMoeQuantFp8;
+       a.type = ncclFloat32;
+       a.hidden = 4;
+     },
+     "args.quant,args.type"},
+    {"quant with EXACT", kExpertMajor,
+     [](Combine& a, const Tensors&) {
+       a.quant = ncclMoeQuantFp8;
+       a.flags = NCCL_MOE_EXACT;
+     },
+     "args.quant,EXACT"},
     {"withGradWeights 2", kRankMajor,
      [](Combine& a, const Tensors& t) {
        withGradients(a, t);

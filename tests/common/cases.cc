@@ -279,8 +279,8 @@ std::string describe(const DispatchProblem& p) {
 }
 
 std::string describe(const CombineProblem& c) {
-  return format("combine: H %d, type %d, exact %d, weights %d, gradients %d", c.hidden, static_cast<int>(c.type),
-                c.exact, c.weighted, c.withGradWeights);
+  return format("combine: H %d, type %d, exact %d, cast %d, weights %d, gradients %d", c.hidden,
+                static_cast<int>(c.type), c.exact, c.cast, c.weighted, c.withGradWeights);
 }
 
 } // namespace moe::test

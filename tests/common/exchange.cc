@@ -173,6 +173,7 @@ CombineCall::CombineCall(const Reference& reference, const CombineProblem& probl
   args_.gradTopkWeights = pointer<float>(gradTopkWeights_, emptyNull);
   args_.flags = flags | (problem.exact ? NCCL_MOE_EXACT : 0u);
   args_.withGradWeights = problem.withGradWeights ? 1 : 0;
+  args_.quant = problem.cast ? ncclMoeQuantFp8 : ncclMoeQuantNone;
 }
 
 CombineImage CombineCall::image() const {

@@ -126,6 +126,7 @@ struct CombineProblem {
   ncclDataType_t type = ncclBfloat16;
   int hidden = 16;
   bool exact = false;
+  bool cast = false; // ncclMoeQuantFp8
   bool weighted = false;
   bool withGradWeights = false;
   std::vector<std::vector<uint8_t>> x;         // [R] of [rows, H]

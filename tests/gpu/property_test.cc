@@ -25,7 +25,8 @@ void restrict(DispatchProblem* p) {
   p->scaleBytes = kMostScaleBytes;
 }
 
-std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeLayout_t layout, int nRounds) {
+std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeMode_t mode, ncclMoeLayout_t layout,
+                                int nRounds) {
   std::vector<Round> rounds;
   for (int i = 0; i < nRounds; i++) {
     Round round;
@@ -50,6 +51,9 @@ std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeLayou
     round.reachable = chance(random, 0.5);
     round.reference = std::make_unique<Reference>(problem);
     round.combines.push_back(randomCombine(random, world, *round.reference));
+    CombineProblem& combine = round.combines.back();
+    combine.cast = mode == ncclMoeModeLatency && combine.type == ncclBfloat16 && combine.hidden % 16 == 0 &&
+                   !combine.exact && chance(random, 0.5);
     rounds.push_back(std::move(round));
   }
   return rounds;
@@ -125,7 +129,7 @@ void runJobs(ncclMoeMode_t mode, int nJobs, int minRanks, int maxRanks, RanksAs 
       jobs.emplace_back();
       for (int n = 0; n < 2; n++) {
         const auto layout = static_cast<ncclMoeLayout_t>((2 * j + n) % 3); // no number of ranks lacks one
-        jobs.back().push_back(randomRounds(random, worlds.back(), layout, 3));
+        jobs.back().push_back(randomRounds(random, worlds.back(), mode, layout, 3));
       }
     }
     const std::string failures =
@@ -192,7 +196,7 @@ TEST(GpuProperty, ManyIterations) {
           for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
             Random random(seed + 1000003u * static_cast<uint64_t>(done + r) + static_cast<uint64_t>(nRanks));
             rounds[static_cast<size_t>(r)] =
-              randomRounds(random, world, static_cast<ncclMoeLayout_t>(random() % 3), kRoundsOfRouting);
+              randomRounds(random, world, config.mode, static_cast<ncclMoeLayout_t>(random() % 3), kRoundsOfRouting);
             RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
             for (int n = 0; n < nRanks && done < end; n++, done += kRoundsOfRouting) {
               std::string wrong = runRounds(rank, world, rounds[static_cast<size_t>(n)]);
