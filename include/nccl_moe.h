@@ -192,7 +192,7 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * mode serves cannot be used.
  *   masked      host memory [R]: 1 leaves the rank out.  A caller's own is 0.
  *   generation  larger than in any earlier call on this communicator, on any rank.
- * Collective over the ranks that masked leaves in, with the same arguments; synchronises the host; not capturable; waits
+ * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable; waits
  * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
  * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
  * counted (ncclMoeCommGetStats); its tokens are nobody's.  Graphs captured before may be launched again.

@@ -200,9 +200,11 @@ class DeviceBackend : public Backend {
     MOECHECK(usable("ncclMoeDispatch"));
     DeviceRouting& state = stateOf(routing);
     if (state.latency != nullptr) {
+      MOECHECK(follow(stream));
       launched_ = true;
       MOECHECK(state.latency->dispatch(args, routing, sms(args.numSms, kLatencySms), stream));
-      return (args.flags & NCCL_MOE_SEND_ONLY) != 0 ? ncclSuccess : noteCounts(state, stream);
+      if ((args.flags & NCCL_MOE_SEND_ONLY) == 0) MOECHECK(noteCounts(state, stream));
+      return followed(stream);
     }
     MOECHECK(nobodyMasked("ncclMoeDispatch"));
     const bool keep = (args.flags & NCCL_MOE_KEEP_ROUTING) != 0;
@@ -271,8 +273,10 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
     }
     if (state.latency != nullptr) {
+      MOECHECK(follow(stream));
       launched_ = true;
-      return state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream);
+      MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));
+      return followed(stream);
     }
     MOECHECK(nobodyMasked("ncclMoeCombine"));
     if (args.quant != ncclMoeQuantNone) {
@@ -311,9 +315,11 @@ class DeviceBackend : public Backend {
     DeviceScope scope(device_);
     MOECHECK(usable("ncclMoeComplete"));
     DeviceRouting& state = stateOf(routing);
-    if (state.latency == nullptr) return follow(stream);
+    MOECHECK(follow(stream));
+    if (state.latency == nullptr) return ncclSuccess;
     MOECHECK(state.latency->complete(routing, stream));
-    return routing.phase == ncclMoeRouting::Phase::dispatchSent ? noteCounts(state, stream) : ncclSuccess;
+    if (routing.phase == ncclMoeRouting::Phase::dispatchSent) MOECHECK(noteCounts(state, stream));
+    return followed(stream);
   }
 
   ncclResult_t memAlloc(void** ptr, size_t bytes) override {
@@ -364,7 +370,7 @@ class DeviceBackend : public Backend {
     CUDACHECK(cudaMemsetAsync(window + layout_.rowFlags, 0, layout_.scales - layout_.rowFlags, own_.get()));
     CUDACHECK(cudaStreamSynchronize(own_.get()));
     for (const auto& routing : moe_.routings) {
-      if (stateOf(*routing).latency != nullptr) MOECHECK(stateOf(*routing).latency->empty());
+      if (stateOf(*routing).latency != nullptr) MOECHECK(stateOf(*routing).latency->empty(own_.get()));
     }
     meet.value++;
     return meetRanks(meet, function);
@@ -531,7 +537,7 @@ class DeviceBackend : public Backend {
     if (!latency) return ncclSuccess;
     state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome.get(),
                                                      dHomes_, shared_);
-    const ncclResult_t emptied = state.latency->empty();
+    const ncclResult_t emptied = state.latency->empty(own_.get());
     MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
     return emptied;
   }

@@ -15,7 +15,7 @@
 //
 // Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
 // sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
-// one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends what nobody has
+// one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends whatever nobody has
 // claimed yet: whatever else runs, one resident block is enough for the peers to go on, and once they do, so does this rank.
 //
 // Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank.
@@ -271,6 +271,13 @@ __device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call
   if (progress != Progress::done || header->y == signature) return progress;
   recordFailure(v.comm, kFailMismatch, kPhaseHeader, peer, call.tag, header->y);
   return Progress::failed;
+}
+
+// Counts how long this call, which began at *begun, has waited for rank r; once, for *begun is 0 afterwards.
+__device__ __forceinline__ void countWait(const LatencyView& v, int r, uint64_t* begun) {
+  if (*begun == 0) return;
+  atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - *begun));
+  *begun = 0;
 }
 
 // Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole warp.

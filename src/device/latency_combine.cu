@@ -245,21 +245,18 @@ __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call
 
 // ---------------------------------------------------------------------------------------------------- receive ------
 
+// Lane l waits for ranks l and l + 32; begun[] as countWait wants it, for each.
 __device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, const Call& call,
-                                                   unsigned long long masked, bool mayStall) {
+                                                   unsigned long long masked, uint64_t (&begun)[2], bool mayStall) {
   const LatencyView& v = a.view;
   Progress worst = Progress::done;
-#pragma unroll 1
-  for (int r = threadIdx.x & 31; r < v.comm.nRanks; r += 32) {
-    if ((masked >> r & 1) != 0) continue;
-    const uint64_t start = globalTimerNs();
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int r = static_cast<int>(threadIdx.x & 31) + 32 * i;
+    if (worst != Progress::done || r >= v.comm.nRanks || (masked >> r & 1) != 0) continue;
     uint4 header;
-    const Progress progress = awaitHeader(v, call, r, a.signature, mayStall, &header);
-    if (progress != Progress::done) {
-      worst = progress;
-      break;
-    }
-    atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - start));
+    worst = awaitHeader(v, call, r, a.signature, mayStall, &header);
+    if (worst == Progress::done) countWait(v, r, &begun[i]);
   }
   if (__any_sync(~0u, worst == Progress::failed)) return Progress::failed;
   return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
@@ -431,9 +428,9 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
 template <class T, bool kCast>
 __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
-                                                bool mayStall) {
+                                                uint64_t (&begun)[2], bool mayStall) {
   const LatencyView& v = a.view;
-  if (item == 0) return receiveHeaders(a, call, masked, mayStall);
+  if (item == 0) return receiveHeaders(a, call, masked, begun, mayStall);
   const int t = (item - 1) % nTokens, unit = shape.firstUnit + (item - 1) / nTokens;
   const int pick = loadPick(v, buffer, v.comm.rank, t);
   const int rankOfPick = pick != kNoPick ? v.comm.positionRank[pick] : -1;
@@ -476,6 +473,9 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   Shares shares(v, call, nSend, false);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
   int item = Shares::first();
+  uint64_t begun[2];
+  begun[0] = begun[1] = globalTimerNs();
+  bool stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
@@ -483,17 +483,19 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
 #pragma unroll 1
       for (int i = share; i < nSend; i += Shares::stride())
         sendItem<T, kCast>(a, call, shape, masked, tokens, nRows, i, claim);
-      share = -1;
+      share = stalled ? shares.unclaimed() : -1;
+      if (share >= 0) continue;
     }
     if (!a.halves.receive) return;
     working = false;
 #pragma unroll 1
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =
-        receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
+        receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, begun, a.halves.send && !shares.allTaken);
       if (__builtin_expect(progress == Progress::failed, 0)) break;
       if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();
+        stalled = true;
         working = true;
         break;
       }

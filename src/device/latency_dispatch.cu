@@ -282,7 +282,7 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
 
 // Headers and picks of all ranks, as far as this thread looks at them.
 __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                           unsigned buffer, const Lists& lists, bool mayStall) {
+                                           unsigned buffer, const Lists& lists, uint64_t* begun, bool mayStall) {
   const LatencyView& v = a.view;
   const LatencyState* state = stateOf(v);
   const int nRanks = v.comm.nRanks, perToken = v.layout.pickPackets, perRank = v.layout.maxTokens * perToken;
@@ -291,10 +291,9 @@ __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const C
     const int r = threadIdx.x;
     uint4 header = make_uint4(0, 0, ~0u, 0); // of a masked rank
     if ((masked >> r & 1) == 0) {
-      const uint64_t start = globalTimerNs();
       const Progress progress = awaitHeader(v, call, r, a.signature, mayStall, &header);
       if (progress != Progress::done) return progress;
-      if (blockIdx.x == 0) atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - start));
+      if (blockIdx.x == 0) countWait(v, r, begun);
     }
     lists.nTokens[r] = a.keep ? state->nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
     lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
@@ -702,7 +701,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
   int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
   int nArrivals = -1;                                    // tokens of all ranks, once they are known
   Call call{};
-  bool go = false, cleared = false, allTaken = false;
+  uint64_t begun = globalTimerNs();
+  bool go = false, cleared = false, allTaken = false, stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
     // Nothing waits for the tickets before a warp's first loads are on their way.
@@ -722,17 +722,20 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
       while (send<kCast>(a, call, masked, buffer, nTokens, out, claim) && out.item + Shares::stride() < nItems) {
         out = fetch<kCast>(a, nTokens, out.item + Shares::stride());
       }
-      share = -1;
+      share = stalled ? shares.unclaimed() : -1;
+      allTaken = shares.allTaken;
+      if (share >= 0) continue;
     }
     if (!a.halves.receive) break;
     const bool mayStall = a.halves.send && !shares.allTaken;
     if (nArrivals < 0) { // the same in the whole block
       __syncthreads();   // the bitmaps are clear
-      const Progress progress = gather(a, call, masked, buffer, lists, mayStall);
+      const Progress progress = gather(a, call, masked, buffer, lists, &begun, mayStall);
       if (__builtin_expect(__syncthreads_or(progress != Progress::done) != 0, 0)) {
         if (__syncthreads_or(progress == Progress::failed) != 0) break;
         share = shares.unclaimed();
         allTaken = shares.allTaken;
+        stalled = true;
         continue;
       }
       go = fits(a, buffer, lists);
@@ -757,6 +760,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
       if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();
         allTaken = shares.allTaken;
+        stalled = true;
         working = true;
         break;
       }

@@ -60,13 +60,13 @@ LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, c
   view_.shared = shared;
 }
 
-ncclResult_t LatencyRouting::empty() {
+ncclResult_t LatencyRouting::empty(cudaStream_t stream) {
   char* own = view_.peers[view_.comm.rank];
   const LatencyLayout& layout = view_.layout;
-  CUDACHECK(cudaMemset(own, 0, layout.records));
-  CUDACHECK(cudaMemset(own + layout.records, kEmptyByte, layout.map - layout.records));
-  CUDACHECK(cudaMemset(own + layout.map, 0, layout.bytes - layout.map));
-  CUDACHECK(cudaDeviceSynchronize());
+  CUDACHECK(cudaMemsetAsync(own, 0, layout.records, stream));
+  CUDACHECK(cudaMemsetAsync(own + layout.records, kEmptyByte, layout.map - layout.records, stream));
+  CUDACHECK(cudaMemsetAsync(own + layout.map, 0, layout.bytes - layout.map, stream));
+  CUDACHECK(cudaStreamSynchronize(stream));
   return ncclSuccess;
 }
 

@@ -19,8 +19,8 @@ class LatencyRouting {
   LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
                  const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, const uint32_t* homes,
                  LatencyShared* shared);
-  // Makes all records empty.  No peer may write meanwhile.
-  ncclResult_t empty();
+  // Makes all records empty.  No peer may write meanwhile.  Waits for the stream.
+  ncclResult_t empty(cudaStream_t stream);
 
   ncclResult_t dispatch(const ncclMoeDispatchArgs_t& args, const ncclMoeRouting& routing, int maxSms,
                         cudaStream_t stream);

@@ -469,23 +469,22 @@ std::string compareCombine(const Reference& reference, const CombineProblem& c, 
   const double typeError = std::ldexp(1.0, -f.mantissaBits - 1);
   const double typeTiny = std::ldexp(1.0, f.minExponent - f.mantissaBits);
   const double floatError = std::ldexp(1.0, -24) * (2 * p.topK + 2);
-  // A cast sum is off by half a unit of e4m3 in its own magnitude, or of the smallest number of its block.
+  // A cast sum is off by half a unit of e4m3 in its own magnitude, or of the smallest number of its block; of that the magnitude is
+  // at most this.
   const auto blockMagnitude = [&](int t, size_t i) {
     double most = 0;
     const size_t first = i / NCCL_MOE_SCALE_BLOCK * NCCL_MOE_SCALE_BLOCK;
     for (size_t j = first; j < std::min(static_cast<size_t>(c.hidden), first + NCCL_MOE_SCALE_BLOCK); j++) {
-      double magnitude = 0;
       for (int k = 0; k < p.topK; k++) {
         const int home = reference.rankOf(rank, t, k);
         if (home < 0) continue;
         const size_t row = static_cast<size_t>(reference.rowOf(rank, t, k));
         double value = loadElement(c.type, &c.x[home][row * rowBytes + j * element]);
         if (c.weighted) value *= c.weights[home][row];
-        magnitude += std::fabs(value);
+        if (std::fabs(value) > most) most = std::fabs(value); // false for a NaN
       }
-      most = std::max(most, magnitude);
     }
-    return most;
+    return most * p.topK;
   };
   for (int t = 0; t < p.sources[rank].nTokens; t++) {
     for (size_t i = 0; i < static_cast<size_t>(c.hidden); i++) {
