@@ -273,6 +273,8 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
     }
     if (state.latency != nullptr) {
+      // Late packets of a masked rank lie where nobody looks, but for those that go by selection.
+      if ((args.flags & NCCL_MOE_EXACT) != 0) MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));
       MOECHECK(follow(stream));
       launched_ = true;
       MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));

@@ -125,8 +125,13 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
                               ncclMoeCombine(&early.args(), routing, rank.comm(), rank.stream()), ncclInvalidUsage,
                               rank.comm(), "no dispatch"));
         rank.forget();
+        CombineCall exact(*rest.reference, rest.combine, r, false, NCCL_MOE_EXACT);
         const std::vector<int64_t>& ids = whole.reference->problem().sources[static_cast<size_t>(r)].topkIdx;
         for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, rest, &ids));
+        RANK_TRY(rank.upload(exact, false));
+        RANK_TRY(expectResult("EXACT while masked", ncclMoeCombine(&exact.args(), routing, rank.comm(), rank.stream()),
+                              ncclInvalidUsage, rank.comm(), "masked"));
+        rank.forget();
         ncclMoeCommStats_t stats = NCCL_MOE_COMM_STATS_INITIALIZER;
         std::vector<uint64_t> waitNs(kRanks), expertTokens(static_cast<size_t>(whole.world.nExperts / kRanks));
         stats.waitNs = waitNs.data();
