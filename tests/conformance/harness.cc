@@ -92,6 +92,10 @@ void Rank::start() {
   require(count > 0, "the plugin has no devices");
   dev = options->devs[size_t(rank) % options->devs.size()];
   require(dev < count, "device %d of %d was asked for", dev, count);
+  if (!options->merge.empty()) {
+    require(net.hasVDevice(), "--merge: the plugin has no makeVDevice in this version");
+    requireOk(net.makeVDevice(&dev, options->merge));
+  }
   Properties props;
   requireOk(net.properties(dev, &props));
   maxRecvs = props.maxRecvs;

@@ -21,6 +21,7 @@ struct Options {
   std::string plugin;
   int version = 0;
   std::vector<int> devs = {0}; // by rank, over and over
+  std::vector<int> merge;      // devices to be used as one
   bool big = false, quick = false, verbose = false;
   double scale = 1;       // of time limits, for slow machines
   double errorBound = 60; // seconds within which a dead peer has to be noticed

@@ -1,9 +1,9 @@
 // net_conformance: loads a net plugin and sees whether it does what NCCL counts on.
 //
-//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--only GLOB] [--except GLOB] [--list] [--json FILE]
+//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--merge N,N] [--only GLOB] [--except GLOB] [--list] [--json FILE]
 //                   [--big | --quick] [--seed N] [--scale X] [--bound SECONDS] [--verbose]
 //
-// --dev 0,1: even ranks use device 0, odd ones device 1.  One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
+// --dev 0,1: even ranks use device 0, odd ones device 1.  --merge 0,1: all use these two as one (makeVDevice).  One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
 // may come several times.  --big adds messages of gigabytes,
 // --quick makes the long cases short (for an emulated machine).  --scale stretches time limits for slow machines; --bound is the time within which the plugin
 // has to report a dead peer.
@@ -59,7 +59,7 @@ int main(int argc, char** argv) {
                           {"only", 1, nullptr, 'o'},    {"except", 1, nullptr, 'x'},  {"list", 0, nullptr, 'l'},
                           {"json", 1, nullptr, 'j'},    {"big", 0, nullptr, 'b'},     {"quick", 0, nullptr, 'q'},
                           {"seed", 1, nullptr, 's'},    {"scale", 1, nullptr, 'c'},   {"bound", 1, nullptr, 'B'},
-                          {"verbose", 0, nullptr, 'v'}, {nullptr, 0, nullptr, 0}};
+                          {"verbose", 0, nullptr, 'v'}, {"merge", 1, nullptr, 'm'},   {nullptr, 0, nullptr, 0}};
   for (int c; (c = getopt_long(argc, argv, "", names, nullptr)) != -1;) {
     switch (c) {
     case 'p':
@@ -69,10 +69,13 @@ int main(int argc, char** argv) {
       options.version = atoi(optarg);
       break;
     case 'd':
-      options.devs.clear();
+    case 'm': {
+      std::vector<int>& into = c == 'd' ? options.devs : options.merge;
+      into.clear();
       for (const char* at = optarg; at != nullptr; at = strchr(at, ',') == nullptr ? nullptr : strchr(at, ',') + 1)
-        options.devs.push_back(atoi(at));
+        into.push_back(atoi(at));
       break;
+    }
     case 'o':
       only.push_back(optarg);
       break;
