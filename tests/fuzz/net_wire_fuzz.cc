@@ -1,4 +1,5 @@
-// Untrusted bytes of handles, handshakes, messages and chunks: what the parsers accept must be as they promise.
+// Untrusted bytes of handles, handshakes with what transports add, messages, chunks and notices of failed paths: what the
+// parsers accept must be as they promise.
 #include <cstdlib>
 #include <cstring>
 
@@ -9,11 +10,12 @@ using namespace moe::net;
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
   // A copy of exactly so many bytes, so that reading one more is found; the magic word is filled in most of the time.
-  const int what = data[0] % 5;
+  const int what = data[0] % 8;
   const bool withMagic = (data[0] & 0x80) == 0;
   const size_t n = size - 1;
   std::string bytes(reinterpret_cast<const char*>(data) + 1, n);
-  if (withMagic && n >= sizeof(wireMagic)) memcpy(&bytes[0], &wireMagic, sizeof(wireMagic));
+  const bool hasMagic = what != 5 && what != 6;
+  if (withMagic && hasMagic && n >= sizeof(wireMagic)) memcpy(&bytes[0], &wireMagic, sizeof(wireMagic));
   const uint64_t inlineMax = 1024;
   switch (what) {
   case 0: {
@@ -39,6 +41,34 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const bool down = header.kind == MessageKind::data || header.kind == MessageKind::put ||
                       header.kind == MessageKind::signal || header.kind == MessageKind::want;
     if (header.kind != MessageKind::bye && down != (what == 2)) abort();
+    break;
+  }
+  case 5: {
+    TcpBody body;
+    if (parseTcpBody(bytes.data(), n, &body) != ParseResult::ok) return 0;
+    if (n < sizeof(TcpBody) || body.window < 1 || strnlen(body.device, sizeof(body.device)) == sizeof(body.device))
+      abort();
+    break;
+  }
+  case 6: {
+    VerbsBody body;
+    if (parseVerbsBody(bytes.data(), n, &body) != ParseResult::ok) return 0;
+    if (n < sizeof(VerbsBody) || strnlen(body.device, sizeof(body.device)) == sizeof(body.device)) abort();
+    if (body.nPaths < 1 || body.nPaths > maxPaths || body.nQueues < 1 || body.nQueues > maxQueues) abort();
+    if (body.nQueues % body.nPaths != 0) abort();
+    for (uint32_t i = 0; i < body.nQueues; i++) {
+      if (body.queueNumber[i] >= 1u << 24) abort();
+    }
+    for (uint32_t i = 0; i < body.nPaths; i++) {
+      if (body.path[i].mtu < 1 || body.path[i].mtu > 5) abort();
+    }
+    break;
+  }
+  case 7: {
+    PathDown message;
+    const uint32_t nPaths = 2;
+    if (parsePathDown(bytes.data(), n, nPaths, &message) != ParseResult::ok) return 0;
+    if (n < sizeof(PathDown) || message.magic != wireMagic || message.path >= nPaths) abort();
     break;
   }
   default: {
