@@ -63,7 +63,7 @@ def rank_main(args):
 
     if args.bench:
         for bytes_ in args.bench:
-            calls = max(10, min(300, (40 << 20) // bytes_))
+            calls = max(10, min(3000, (40 << 20) // bytes_))
             x = torch.ones(max(1, bytes_ // 4), device=device)
             y = torch.empty_like(x)
 

@@ -42,18 +42,19 @@ TEST_F(Puts, aSignalIsVisibleOnlyAfterTheDataOfAllPutsBefore) {
     SCOPED_TRACE(engine->device(pair[0]).name);
     connect(pair[0], pair[1]);
     ASSERT_FALSE(HasFatalFailure());
-    constexpr size_t room = 1 << 20;
+    constexpr size_t room = 256 << 10;
     constexpr uint64_t rounds = 120;
     Block from(sender.get(), room), into(receiver.get(), room), flags(receiver.get(), 64, true);
     memset(flags.data(), 0, 64);
     const RemoteRegion to = into.remote(), signal = flags.remote();
     // Each round overwrites the region with its own data; a watcher looks at them as soon as the value is there, and
     // lets the next round begin.
-    std::atomic<uint64_t> seen{0}, wrong{0};
+    std::atomic<uint64_t> filled{0}, seen{0}, wrong{0};
     std::vector<char> expected(room);
     std::thread watcher([&] {
       for (uint64_t round = 1; round <= rounds; round++) {
         while (load(flags, 3) < round && wrong == 0) std::this_thread::yield();
+        if (filled != round) wrong = round; // and what this thread knows of expected, devices being no thread
         if (memcmp(into.data(), expected.data(), room) != 0) wrong = round;
         if (load(flags, 2) != 0 || load(flags, 4) != 0) wrong = round;
         seen = round;
@@ -63,6 +64,7 @@ TEST_F(Puts, aSignalIsVisibleOnlyAfterTheDataOfAllPutsBefore) {
     for (uint64_t round = 1; round <= rounds && !HasFailure(); round++) {
       from.fill(random());
       memcpy(expected.data(), from.data(), room);
+      filled = round;
       // Pieces of any size, in any order; the signal goes with the last one, or alone.
       std::vector<size_t> cuts = {0, room};
       for (int i = 0; i < 6; i++) cuts.push_back(random() % room);
