@@ -137,6 +137,7 @@ class TcpConnection : public Connection {
   ncclResult_t failed_ = ncclSuccess;
   std::string problem_;
   bool peerClosed_ = false, peerSaidBye_ = false;
+  double closedSince_ = 0; // for sends that were under way
 
   // Outgoing stream.
   std::deque<OutItem> out_;
