@@ -122,6 +122,7 @@ class RankRun {
     args.weights = s.weightsInside ? static_cast<float*>(b.recvWeights) : nullptr;
     args.out = b.out;
     args.flags = s.exact ? NCCL_MOE_EXACT : 0;
+    args.quant = s.combineQuant;
     return args;
   }
 

@@ -172,4 +172,15 @@ void quantizeRow(ncclMoeQuant_t quant, const uint16_t* row, int n, uint8_t* q, u
   }
 }
 
+void castAndBack(const float* row, int n, float* out) {
+  for (int begin = 0; begin < n; begin += NCCL_MOE_SCALE_BLOCK) {
+    const int end = std::min(n, begin + NCCL_MOE_SCALE_BLOCK);
+    float amax = 0x1p-64f;
+    for (int i = begin; i < end; i++) amax = std::max(amax, std::fabs(row[i]));
+    const float scale = amax / 448.0f;
+    const float inverse = 448.0f / amax;
+    for (int i = begin; i < end; i++) out[i] = e4m3ToFloat(floatToE4m3(row[i] * inverse)) * scale;
+  }
+}
+
 } // namespace moe::perf

@@ -64,4 +64,7 @@ void fillBytes(uint64_t key, size_t n, void* out);
 // The header's fused cast of one BF16 row to q [n] and its scales [NCCL_MOE_QUANT_SCALE_BYTES].
 void quantizeRow(ncclMoeQuant_t quant, const uint16_t* row, int n, uint8_t* q, uint8_t* scales);
 
+// What is left of n FP32 elements after the FP8 cast: q times its block's scale.
+void castAndBack(const float* row, int n, float* out);
+
 } // namespace moe::perf

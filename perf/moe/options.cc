@@ -28,6 +28,7 @@ enum LongOption {
   optScaleLayout,
   optWeights,
   optExact,
+  optCombineQuant,
   optNumSms,
   optMode,
   optSeed,
@@ -61,6 +62,7 @@ const option longOptions[] = {
   {"scale-layout", required_argument, nullptr, optScaleLayout},
   {"weights", required_argument, nullptr, optWeights},
   {"exact", no_argument, nullptr, optExact},
+  {"combine-quant", required_argument, nullptr, optCombineQuant},
   {"num-sms", required_argument, nullptr, optNumSms},
   {"mode", required_argument, nullptr, optMode},
   {"seed", required_argument, nullptr, optSeed},
@@ -137,6 +139,7 @@ const Choice<DeviceKind> devices[] = {
   {"host", DeviceKind::host}, {"cuda", DeviceKind::cuda}, {"auto", DeviceKind::automatic}};
 const Choice<ncclMoeLayout_t> layouts[] = {
   {"rank", ncclMoeLayoutRankMajor}, {"expert", ncclMoeLayoutExpertMajor}, {"padded", ncclMoeLayoutExpertPadded}};
+const Choice<ncclMoeQuant_t> combineQuants[] = {{"none", ncclMoeQuantNone}, {"fp8", ncclMoeQuantFp8}};
 const Choice<ncclMoeQuant_t> quants[] = {
   {"none", ncclMoeQuantNone}, {"fp8", ncclMoeQuantFp8}, {"ue8m0", ncclMoeQuantFp8Ue8m0}};
 const Choice<ncclMoeScaleLayout_t> scaleLayouts[] = {{"row", ncclMoeScaleRowMajor}, {"col", ncclMoeScaleColumnMajor}};
@@ -156,6 +159,8 @@ ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
                     "--weights inside needs --layout expert or padded: rank-major rows are sums already");
   if (o.layout == ncclMoeLayoutRankMajor && o.exact)
     return perfFail(ncclInvalidArgument, "--exact needs --layout expert or padded");
+  if (o.combineQuant != ncclMoeQuantNone && (o.exact || (o.type != ncclBfloat16 && o.type != ncclMoeFloat8e4m3)))
+    return perfFail(ncclInvalidArgument, "--combine-quant casts sums to bfloat16, and not with --exact");
   if (o.layout != ncclMoeLayoutExpertMajor && o.align != 1)
     return perfFail(ncclInvalidArgument, "--align needs --layout expert");
   if (o.quant != ncclMoeQuantNone && o.type != ncclBfloat16)
@@ -225,6 +230,8 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
   case optExact:
     o->exact = true;
     return ncclSuccess;
+  case optCombineQuant:
+    return choose(opt, arg, combineQuants, &o->combineQuant);
   case optNumSms:
     return toInts(opt, arg, 0, 65536, &o->numSms);
   case optMode:
@@ -371,6 +378,7 @@ const char* usageText() {
          "      --weights W           inside, outside: who applies the top-k weights (inside, outside for layout "
          "rank)\n"
          "      --exact               combine rounds once (NCCL_MOE_EXACT)\n"
+         "      --combine-quant Q     none, fp8: how combine's sums travel; latency mode only (none)\n"
          "      --num-sms N,N...      SMs of a call, each size with every N (0: the library's choice)\n"
          "      --mode M              auto, throughput, latency\n"
          "      --memory M            library (ncclMoeMemAlloc), plain: where the rows lie (library)\n"

@@ -41,6 +41,7 @@ struct Options {
   ncclMoeScaleLayout_t scaleLayout = ncclMoeScaleRowMajor;
   bool weightsInside = false;
   bool exact = false;
+  ncclMoeQuant_t combineQuant = ncclMoeQuantNone;
   std::vector<int> numSms = {0}; // each size is measured with every one; 0: the library's choice
   ncclMoeMode_t mode = ncclMoeModeAuto;
   uint64_t seed = 1;

@@ -29,6 +29,7 @@ Shape shapeOf(const Options& o, int nRanks, int nTokens) {
   s.scaleBytes = NCCL_MOE_QUANT_SCALE_BYTES(scales, o.hidden);
   s.weightsInside = o.weightsInside;
   s.exact = o.exact;
+  s.combineQuant = o.combineQuant;
   s.seed = o.seed;
   return s;
 }
@@ -146,10 +147,12 @@ Traffic trafficOf(const Shape& s, const Routing& routing) {
   const double ranks = s.nRanks;
   const auto dispatchRow = static_cast<double>(s.recvRowBytes()) + s.scaleBytes;
   const auto combineRow = static_cast<double>(s.combineRowBytes());
+  const double combineWire =
+    s.combineQuant == ncclMoeQuantNone ? combineRow : s.hidden + NCCL_MOE_QUANT_SCALE_BYTES(s.combineQuant, s.hidden);
   const auto delivered = static_cast<double>(s.layout == ncclMoeLayoutRankMajor ? allPairs : allSelections);
   Traffic traffic;
   traffic.wireDispatch = static_cast<double>(pairs) * (dispatchRow + 8.0 * s.topK) / ranks;
-  traffic.wireCombine = static_cast<double>(s.exact ? selections : pairs) * combineRow / ranks;
+  traffic.wireCombine = static_cast<double>(s.exact ? selections : pairs) * combineWire / ranks;
   traffic.allDispatch = delivered * dispatchRow / ranks;
   traffic.allCombine = delivered * combineRow / ranks;
   return traffic;
@@ -224,8 +227,12 @@ void combinedRow(const Shape& s, const Routing& routing, int rank, int token, vo
       here = true;
     });
     if (!here) continue;
-    rowFromFloat(s.combineType, partial.data(), s.hidden, bytes.data());
-    rowToFloat(s.combineType, bytes.data(), s.hidden, value.data());
+    if (s.combineQuant != ncclMoeQuantNone) {
+      castAndBack(partial.data(), s.hidden, value.data());
+    } else {
+      rowFromFloat(s.combineType, partial.data(), s.hidden, bytes.data());
+      rowToFloat(s.combineType, bytes.data(), s.hidden, value.data());
+    }
     for (int h = 0; h < s.hidden; h++) sum[h] = sum[h] + value[h];
   }
   rowFromFloat(s.combineType, sum.data(), s.hidden, row);

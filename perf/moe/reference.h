@@ -26,6 +26,7 @@ struct Shape {
   int scaleBytes = 0; // of a delivered row
   bool weightsInside = false;
   bool exact = false;
+  ncclMoeQuant_t combineQuant = ncclMoeQuantNone;
   uint64_t seed = 0;
 
   size_t sendRowBytes() const;

@@ -144,7 +144,10 @@ void Report::header() {
   printf("# rows %s, quant %s, scales %d bytes (%s), combine %s, layout %s, align %d, weights %s%s, memory %s\n",
          typeName(s.type), quantName(s.quant), s.scaleBytes, s.scaleLayout == ncclMoeScaleRowMajor ? "row" : "col",
          typeName(s.combineType), layoutName(s.layout), s.align, s.weightsInside ? "inside" : "outside",
-         s.exact ? ", exact" : "", o_.libraryMemory ? "library" : "plain");
+         s.exact                             ? ", exact"
+         : s.combineQuant == ncclMoeQuantFp8 ? ", sums FP8"
+                                             : "",
+         o_.libraryMemory ? "library" : "plain");
   printf("# mode %s, SMs %s, warmup %d, iters %d (%s), verified runs %d\n", modeName(o_.mode),
          smsText(o_.numSms).c_str(), o_.warmup, o_.iterations, measured.c_str(), o_.checks);
   printf(
@@ -222,6 +225,7 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                      {"align", s.align},
                      {"weights", s.weightsInside ? "inside" : "outside"},
                      {"exact", s.exact},
+                     {"combine_quant", quantName(s.combineQuant)},
                      {"mode", modeName(o_.mode)},
                      {"memory", o_.libraryMemory ? "library" : "plain"},
                      {"iters", o_.iterations},
