@@ -1,8 +1,10 @@
 // Latency mode beside other work: both modes on one communicator, two routings on two streams, memory.
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "gpu/latency_case.h"
-#include "gpu/occupy.h"
 
 namespace moe::test {
 namespace {
@@ -76,8 +78,8 @@ TEST(GpuLatencyMode, BothModesAlternate) {
   }
 }
 
-// Two routings of latency mode on two streams that nothing orders, each call wanting all SMs.  Ranks may come to run them in
-// different orders.
+// Two routings of latency mode on two streams that the caller does not order, each call wanting all SMs.  Were they to run in
+// different orders on the ranks, each would wait for a peer that waits for the other.
 TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
   NEED_GPUS(1);
   constexpr int kRounds = 40;
@@ -95,7 +97,7 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
     for (ncclMoeRouting_t& routing : routings)
       RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
     Stream other;
-    RANK_CUDA(occupySms(0, 0, other));
+    const auto nap = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); };
     Random mine(seed + static_cast<uint64_t>(rank.rank()));
     for (int round = 0; round < kRounds; round++) {
       DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
@@ -106,8 +108,8 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
       RANK_TRY(rank.upload(dispatchB, false));
       RANK_TRY(rank.upload(combineA, false));
       RANK_TRY(rank.upload(combineB, false));
-      // One of the streams is held up for a while.
-      RANK_CUDA(occupySms(1, pick(mine, 1, 2), chance(mine, 0.5) ? rank.stream() : static_cast<cudaStream_t>(other)));
+      // One of the streams is held up for a while, by nothing that takes SMs.
+      RANK_CUDA(cudaLaunchHostFunc(chance(mine, 0.5) ? rank.stream() : static_cast<cudaStream_t>(other), nap, nullptr));
       RANK_OK(ncclMoeDispatch(&dispatchA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
       RANK_OK(ncclMoeDispatch(&dispatchB.args(), routings[1], rank.comm(), other), rank.comm());
       RANK_OK(ncclMoeCombine(&combineA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());

@@ -24,11 +24,6 @@ class InPhases {
  public:
   enum Half { kSendDispatch, kCompleteDispatch, kSendCombine, kCompleteCombine, kHalves };
 
-  InPhases() { cudaEventCreateWithFlags(&event_, cudaEventDisableTiming); }
-  ~InPhases() { cudaEventDestroy(event_); }
-  InPhases(const InPhases&) = delete;
-  InPhases& operator=(const InPhases&) = delete;
-
   std::string make(GpuRank& rank, const DecodeShape& shape) {
     const ncclMoeRoutingConfig_t config = shape.routing();
     RANK_OK(ncclMoeRoutingCreate(&routing_, rank.comm(), &config), rank.comm());
@@ -41,17 +36,11 @@ class InPhases {
     combine_ = std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, NCCL_MOE_SEND_ONLY);
     RANK_TRY(rank.upload(*dispatch_, false));
     RANK_TRY(rank.upload(*combine_, false));
-    last_ = nullptr;
     next_ = kSendDispatch;
     return "";
   }
-  // The next half, on this stream, behind the half before.
+  // The next half, on this stream: the library orders it behind the half before.
   std::string advance(GpuRank& rank, cudaStream_t stream) {
-    if (last_ != nullptr && last_ != stream) {
-      RANK_CUDA(cudaEventRecord(event_, last_));
-      RANK_CUDA(cudaStreamWaitEvent(stream, event_, 0));
-    }
-    last_ = stream;
     switch (next_++) {
     case kSendDispatch:
       RANK_OK(ncclMoeDispatch(&dispatch_->args(), routing_, rank.comm(), stream), rank.comm());
@@ -64,7 +53,6 @@ class InPhases {
       return "";
     }
   }
-  int next() const { return next_; }
   std::string verify() const {
     RANK_TRY(dispatch_->verify());
     return combine_->verify();
@@ -74,8 +62,6 @@ class InPhases {
   ncclMoeRouting_t routing_ = nullptr;
   std::unique_ptr<DispatchCall> dispatch_;
   std::unique_ptr<CombineCall> combine_;
-  cudaStream_t last_ = nullptr;
-  cudaEvent_t event_ = nullptr;
   int next_ = kSendDispatch;
 };
 
