@@ -80,7 +80,8 @@ DecodeShape randomShape(uint64_t seed, int nRanks) {
   if (chance(random, 0.5)) s.scaleLayout = ncclMoeScaleColumnMajor;
   const ncclDataType_t types[] = {ncclBfloat16, ncclFloat16, ncclFloat32};
   s.combineType = types[pick(random, 0, 2)];
-  s.exact = s.layout != ncclMoeLayoutRankMajor && chance(random, 0.4);
+  s.combineCast = s.combineType == ncclBfloat16 && chance(random, 0.5);
+  s.exact = s.layout != ncclMoeLayoutRankMajor && !s.combineCast && chance(random, 0.4);
   s.weighted = s.layout != ncclMoeLayoutRankMajor && chance(random, 0.6);
   s.withGrads = chance(random, 0.4);
   s.sparse = chance(random, 0.3);
@@ -129,6 +130,7 @@ DecodeCase makeDecode(uint64_t seed, const DecodeShape& shape) {
   CombineProblem& c = e.combine;
   c.type = shape.combineType;
   c.hidden = shape.hidden;
+  c.cast = shape.combineCast;
   c.exact = shape.exact;
   c.weighted = shape.weighted;
   c.withGradWeights = shape.withGrads;
@@ -144,7 +146,7 @@ DecodeCase makeDecode(uint64_t seed, const DecodeShape& shape) {
     for (const Row& row : d.rows) {
       const size_t at = static_cast<size_t>(row.row);
       fillElements(random, c.type, false, false, &x[at * rowBytes], static_cast<size_t>(c.hidden));
-      if (shape.likeEmpty) emptyRows(random, 1, rowBytes, false, &x[at * rowBytes]);
+      if (shape.likeEmpty) emptyRows(random, 1, rowBytes, c.cast, &x[at * rowBytes]);
       if (c.weighted) weights[at] = shape.likeEmpty && chance(random, 0.6) ? 1.0f : number(random);
       for (size_t i = 0; c.withGradWeights && i < each; i++) {
         const bool read = !rankMajor || e.reference->rankOf(row.source, row.token, static_cast<int>(i)) == r;

@@ -18,6 +18,7 @@ struct DecodeShape {
   ncclMoeScaleLayout_t scaleLayout = ncclMoeScaleRowMajor;
   int scaleBytes = 0;
   ncclDataType_t combineType = ncclBfloat16;
+  bool combineCast = false; // sums travel as FP8
   bool exact = false;
   bool weighted = false; // combine
   bool withGrads = false;

@@ -258,6 +258,7 @@ TEST(GpuLatencyErrors, RanksThatDisagreeAreNamed) {
     {"dispatch for combine", true, dispatchWith([](ncclMoeDispatchArgs_t&) {})},
     {"hidden of combine", true, combineWith([](ncclMoeCombineArgs_t& a) { a.hidden = 256; })},
     {"type of combine", true, combineWith([](ncclMoeCombineArgs_t& a) { a.type = ncclFloat16; })},
+    {"quant of combine", true, combineWith([](ncclMoeCombineArgs_t& a) { a.quant = ncclMoeQuantFp8; })},
     {"exact", true, combineWith([](ncclMoeCombineArgs_t& a) { a.flags |= NCCL_MOE_EXACT; })},
   };
   const std::string wrong =
