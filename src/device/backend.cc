@@ -23,7 +23,8 @@ namespace moe {
 namespace {
 
 // The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
-constexpr int kCopySms = 24;           // RANK_MAJOR dispatch without the cast: a plain copy
+constexpr int kCopySms = 24;           // RANK_MAJOR dispatch without the cast, of larger rows: a plain copy
+constexpr int kSmallRow = 8192;        // bytes: a row costs the same handling whatever its size
 constexpr int kDefaultSms = 64;        // all else: local copies, the cast or sums beside the wire
 constexpr int kLatencySms = INT32_MAX; // latency mode: all
 
@@ -252,7 +253,8 @@ class DeviceBackend : public Backend {
     push.recvDirect = route.recvWindow >= 0;
     route.signature = hash({1, state.id, push.wireBytes, push.scaleBytes, args.quant, keep ? 1 : 0});
 
-    const bool plainCopy = routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone;
+    const bool plainCopy =
+      routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone && push.wireBytes > kSmallRow;
     MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, %d tokens of %d bytes, flags 0x%x", moe_.rank, state.id,
               args.nTokens, push.rowBytes, args.flags);
     MOECHECK(follow(stream));

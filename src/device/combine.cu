@@ -249,14 +249,13 @@ __global__ void __launch_bounds__(32 * kWarps<kKind>, 1) combineKernel(const __g
   }
   nSend *= c.nRanks - 1;
   bool sending = go && nSend > 0, reducing = go;
-  uint32_t nextSend = take(&ctl->pushNext), nextToken = take(&ctl->recvNext);
+  Items toSend(&ctl->pushNext), toReduce(&ctl->recvNext);
   int token = -1; // taken, but not yet reduced
   while (sending || reducing) {
     if (sending) {
-      const uint32_t item = taken(nextSend);
+      const uint32_t item = toSend.next(nSend);
       sending = item < nSend;
       if (sending) {
-        nextSend = take(&ctl->pushNext);
         const int other = item % (c.nRanks - 1);
         const int owner = other + (other >= c.rank ? 1 : 0);
         const int row = firstRow[owner] + item / (c.nRanks - 1);
@@ -265,12 +264,11 @@ __global__ void __launch_bounds__(32 * kWarps<kKind>, 1) combineKernel(const __g
     }
     for (int n = 0; reducing && (!sending || n < kMaxReductionsPerPush); n++) {
       if (token < 0) {
-        const uint32_t item = taken(nextToken);
+        const uint32_t item = toReduce.next(max(nTokens, 0));
         if (static_cast<int>(item) >= nTokens) {
           reducing = false;
           break;
         }
-        nextToken = take(&ctl->recvNext);
         token = a.firstToken + item;
       }
       if (!reduceToken<T, kKind>(a, list, ring, token, epoch, !sending)) {

@@ -106,10 +106,24 @@ __device__ __forceinline__ bool lastBlock(Control* ctl) {
   return last;
 }
 
-// Takes one item of a counter for the whole warp, which taken() learns later: the counter's latency passes meanwhile.
-__device__ __forceinline__ uint32_t take(uint32_t* counter) {
-  return (threadIdx.x & 31) == 0 ? atomicAdd(counter, 1u) : 0;
-}
-__device__ __forceinline__ uint32_t taken(uint32_t item) { return __shfl_sync(~0u, item, 0); }
+// Items of a counter, one after the other, for a whole warp: taken ahead, so that the counter's latency passes meanwhile, but
+// for the last ones, which another warp may have time for.
+class Items {
+ public:
+  __device__ __forceinline__ explicit Items(uint32_t* counter) : counter_(counter) {}
+  __device__ __forceinline__ uint32_t next(uint32_t nItems) {
+    const uint32_t item = __shfl_sync(~0u, isAhead_ ? ahead_ : take(), 0);
+    isAhead_ = item + gridDim.x * blockDim.x / 16 < nItems; // two for each warp
+    if (isAhead_) ahead_ = take();
+    return item;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t take() { return (threadIdx.x & 31) == 0 ? atomicAdd(counter_, 1u) : 0; }
+
+  uint32_t* const counter_;
+  uint32_t ahead_ = 0; // lane 0 has it
+  bool isAhead_ = false;
+};
 
 } // namespace moe

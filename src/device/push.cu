@@ -2,13 +2,14 @@
 //
 // Protocol.  The route kernel has exchanged counts, so every slot is known and every peer's memory may be written.
 // Warps take tokens from a counter.  For each destination rank a warp stores the row (into the first of its slots if
-// peers reach recvX, otherwise into the communicator window), the map, weights and scales, and then, after __syncwarp,
-// the row's flag: the epoch, with release at system scope.  Between tokens a warp takes rows to deliver from a second
-// counter: it checks the row's flag (acquire) and, once that is the epoch, copies the row to its further slots and the
+// peers reach recvX, otherwise into the communicator window), the map, weights and scales, and then posts the row's flag,
+// the epoch, which leaves with release at system scope (flag_queue.cuh).  Between tokens a warp takes rows to deliver from a
+// second counter: it checks the row's flag (acquire) and, once that is the epoch, copies the row to its further slots and the
 // small tensors to the caller's. Warps block on a flag only when all tokens have been taken, and a warp that has taken
 // a token never blocks before it has pushed it: so one resident block per rank is enough to finish, whatever else
 // occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout and abort.
 #include "device/cast.cuh"
+#include "device/flag_queue.cuh"
 #include "device/token.cuh"
 
 namespace moe {
@@ -155,13 +156,14 @@ __device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch,
 }
 
 template <bool kCast>
-__device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratch, int t, uint32_t epoch) {
+__device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratch, FlagQueue& flags, int t) {
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
   const bool rankMajor = a.routing.kind == ncclMoeLayoutRankMajor;
   const float weight = a.topkWeights != nullptr && lane < k ? a.topkWeights[static_cast<size_t>(t) * k + lane] : 0.0f;
   const Token token = loadToken(c, a.routing, t);
+  const int entry = rankMajor ? token.position - (token.rank >= 0 ? c.rankStart[token.rank] : 0) : token.slot;
   const bool own = token.rank == c.rank;
   const bool hasRow = own && !rankMajor ? true : token.leader;
   const unsigned leaders = __ballot_sync(~0u, token.leader);
@@ -186,7 +188,6 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   } else {
     copyRow<false>(from, scratch.rows, __popc(rows), a.rowBytes / 16);
   }
-  const int entry = rankMajor ? token.position - (token.rank >= 0 ? c.rankStart[token.rank] : 0) : token.slot;
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
     const int leader = __ffs(rest) - 1;
     const int rank = __shfl_sync(~0u, token.rank, leader);
@@ -207,11 +208,11 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
                 a.scales + static_cast<size_t>(t) * a.scaleBytes, a.scaleBytes);
     }
   }
-  __syncwarp();
+  uint32_t* flag = nullptr;
   if (token.leader && !own) {
-    storeRelease(reinterpret_cast<uint32_t*>(c.peer(token.rank) + c.layout.rowFlags) + c.layout.slot(c.rank, token.row),
-                 epoch);
+    flag = reinterpret_cast<uint32_t*>(c.peer(token.rank) + c.layout.rowFlags) + c.layout.slot(c.rank, token.row);
   }
+  flags.post(flag != nullptr, flag);
   const unsigned ownLeader = __ballot_sync(~0u, token.leader && own);
   if (ownLeader != 0) {
     const int row = __shfl_sync(~0u, token.row, __ffs(ownLeader) - 1);
@@ -223,38 +224,36 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
 template <bool kCast>
 __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_constant__ PushArgs a) {
   __shared__ WarpScratch scratches[kThreads<kCast> / 32];
+  __shared__ FlagQueue posted;
   WarpScratch& scratch = scratches[threadIdx.x / 32];
   const CommView& c = a.comm;
   Control* ctl = control(c);
   const RoutingLayout::State state = *a.routing.state();
   const RoutingLayout::PerRank* perRank = a.routing.perRank();
   const uint32_t epoch = ctl->epoch;
-  const uint32_t* flags = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlags);
-  const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
   uint32_t mostRows = 0; // from any other rank
   for (int r = threadIdx.x & 31; r < c.nRanks; r += 32) {
     if (r != c.rank) mostRows = max(mostRows, static_cast<uint32_t>(perRank[r].recvRows));
   }
   // Items to receive: row n / (R-1) of the n % (R-1)th other rank, where it exists.
   const uint32_t nRecv = __reduce_max_sync(~0u, mostRows) * (c.nRanks - 1);
-  bool pushing = state.go != 0, receiving = state.go != 0 && nRecv > 0;
-  uint32_t nextPush = take(&ctl->pushNext), nextRecv = take(&ctl->recvNext);
+  const bool working = posted.open(epoch);
+  bool pushing = working && state.go != 0, receiving = pushing && nRecv > 0;
+  Items toPush(&ctl->pushNext), toReceive(&ctl->recvNext);
   int source = -1, row = 0; // taken, but not yet delivered
   while (pushing || receiving) {
     if (pushing) {
-      const uint32_t t = taken(nextPush);
+      const uint32_t t = toPush.next(state.nTokens);
       pushing = t < static_cast<uint32_t>(state.nTokens);
-      if (pushing) nextPush = take(&ctl->pushNext);
-      if (pushing) pushToken<kCast>(a, scratch, t, epoch);
+      if (pushing) pushToken<kCast>(a, scratch, posted, t);
     }
     for (int n = 0; receiving && (!pushing || n < kMaxDeliveriesPerPush); n++) {
       if (source < 0) {
-        const uint32_t item = taken(nextRecv);
+        const uint32_t item = toReceive.next(nRecv);
         if (item >= nRecv) {
           receiving = false;
           break;
         }
-        nextRecv = take(&ctl->recvNext);
         const int other = item % (c.nRanks - 1);
         source = other + (other >= c.rank ? 1 : 0);
         row = item / (c.nRanks - 1);
@@ -263,7 +262,7 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
           continue;
         }
       }
-      const uint32_t* flag = flags + c.layout.slot(source, row);
+      const uint32_t* flag = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlags) + c.layout.slot(source, row);
       bool arrived = false;
       if ((threadIdx.x & 31) == 0) {
         arrived = pushing ? loadAcquire(flag) == epoch
@@ -279,11 +278,13 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
       const size_t at = mapIndex(a.routing, source, row, lane);
       const bool selects = lane < a.routing.layout.topK;
       const int entry = selects ? __ldcg(a.routing.ints(a.routing.layout.map) + at) : -1;
+      const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
       const float weight = selects && a.recvWeights != nullptr ? __ldcg(weights + at) : 0.0f;
       deliver(a, scratch, source, row, entry, weight);
       source = -1;
     }
   }
+  if (working) posted.leave();
   if (lastBlock(ctl) && threadIdx.x == 0) {
     ctl->pushNext = 0;
     ctl->recvNext = 0;

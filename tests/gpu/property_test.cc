@@ -169,7 +169,7 @@ World smallWorld(Random& random, int nRanks) {
 
 // Dispatches and combines of changing shapes, a new communicator for every hundred of them.  MOE_TEST_ITERATIONS says how many
 // dispatches.
-TEST(GpuProperty, ManyIterations) {
+void manyIterations(ncclMoeMode_t mode) {
   NEED_GPUS(1);
   constexpr int kRoundsOfRouting = 2, kIterationsOfComm = 100;
   const char* wanted = getenv("MOE_TEST_ITERATIONS");
@@ -190,7 +190,7 @@ TEST(GpuProperty, ManyIterations) {
           GpuRank rank(r, nRanks, r % nDevices);
           ncclMoeConfig_t config = world.config();
           config.numSms = pick(worlds, 1, std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices)));
-          config.mode = chance(worlds, 0.5) ? ncclMoeModeLatency : ncclMoeModeThroughput;
+          config.mode = mode;
           config.timeoutMs = 10000;
           RANK_TRY(rank.init(config, meeting, kArenaBytes));
           for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
@@ -212,6 +212,8 @@ TEST(GpuProperty, ManyIterations) {
   }
 }
 
+TEST(GpuProperty, ManyIterations) { manyIterations(ncclMoeModeThroughput); }
+TEST(GpuProperty, ManyIterationsInLatencyMode) { manyIterations(ncclMoeModeLatency); }
 TEST(GpuProperty, OneRank) { runJobs(ncclMoeModeThroughput, 12, 1, 1); }
 TEST(GpuProperty, TwoRanks) { runJobs(ncclMoeModeThroughput, 36, 2, 2); }
 TEST(GpuProperty, ThreeAndFourRanks) { runJobs(ncclMoeModeThroughput, 12, 3, 4); }
