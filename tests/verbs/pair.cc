@@ -248,7 +248,7 @@ VerbsPair::Outcome VerbsPair::stream(int count, size_t maxBytes, int maxMembers,
         note(receiver->test(group.request, &done, got), &out.receiver, &out.receiverText);
         if (done) {
           for (int m = 0; m < group.n; m++) {
-            const auto i = static_cast<size_t>(group.first + m);
+            const size_t i = static_cast<size_t>(group.first) + static_cast<size_t>(m);
             const char* data = group.into->data() + static_cast<size_t>(m) * (maxBytes + 64);
             EXPECT_EQ(got[m], bytes[i]) << "message " << i;
             EXPECT_EQ(memcmp(data, from.data() + offset[i], bytes[i]), 0) << "message " << i;
