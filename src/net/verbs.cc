@@ -77,8 +77,12 @@ class VerbsListener : public Listener {
   ncclResult_t answer(std::unique_ptr<Peer> peer) {
     VerbsBody theirs;
     const ParseResult parsed = parseVerbsBody(peer->body.data(), peer->body.size(), &theirs);
-    const bool infiniband = group_->ports()[0].infiniband;
-    if (parsed != ParseResult::ok || (theirs.path[0].infiniband != 0) != infiniband) {
+    // The ports of a group are all of one kind.
+    bool fits = parsed == ParseResult::ok;
+    for (uint32_t i = 0; fits && i < theirs.nPaths; i++) {
+      fits = (theirs.path[i].infiniband != 0) == group_->ports()[0].infiniband;
+    }
+    if (!fits) {
       MOE_INFO("turned %s away: %s", peer->name.c_str(),
                parsed != ParseResult::ok ? parseResultText(parsed) : "one side is InfiniBand and the other RoCE");
       acceptor_.reject(peer->sockets[0].get(), RejectStatus::parameters);
