@@ -196,7 +196,8 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
  * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
  * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs captured before may be launched again.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout),
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or has
+ * combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'),
  * ncclRemoteError (a rank that is left in did not come; may be called again), ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
@@ -225,8 +226,8 @@ ncclResult_t pncclMoeCommGetStats(ncclMoeComm_t moe, ncclMoeCommStats_t* stats);
 const char* ncclMoeGetLastError(ncclMoeComm_t moe);
 const char* pncclMoeGetLastError(ncclMoeComm_t moe);
 
-/* Device memory that all ranks of the communicator reach.  Rows that are dispatched from or received into it, or
- * combined from it, move without a staging copy (but on the host backend, where this is ordinary memory).  Collective
+/* Device memory that all ranks of the communicator reach.  Rows that throughput mode dispatches into it arrive without a
+ * staging copy (on the host backend this is ordinary memory).  Combine reads any memory where it is.  Collective
  * with the same bytes (> 0) on every rank; synchronises the host; not capturable.  *ptr is aligned to 128 bytes at
  * least, its content undefined.  Freed by ncclMoeMemFree (collective) or with the communicator.  Where ranks on GPUs are
  * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes
@@ -285,6 +286,7 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
 
 /* Waits for the routing's last dispatch (its counts, not its rows) and copies them to host memory: *nRows is N;
  * expertCounts, if not NULL, takes [L] rows per local expert without padding.  Local; needs hostCounts; not capturable.
+ * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.
  * Returns that dispatch's error where it failed, also when the receive buffer was too small (*nRows is then the size
  * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet, hostCounts not asked for), ncclRemoteError.
  */

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/types.h"
 #include "device/bootstrap.h"
 #include "device/cuda_handle.h"
 #include "device/kernels.h"
@@ -72,12 +73,8 @@ size_t tableBytes(const CommConfig& config, int nRanks) {
 
 // Room for rows is only taken where a routing may be served by the throughput kernels.
 CommLayout commLayout(const CommConfig& config, int nRanks) {
-  const bool never = servedByLatency(config, nRanks, config.maxTokens, config.maxTopK);
-  return CommLayout(nRanks, config.nExperts, never ? 0 : config.maxTokens, config.maxTopK, config.maxRowBytes);
-}
-
-size_t elementBytes(ncclDataType_t type) {
-  return type == ncclFloat32 ? 4 : type == ncclBfloat16 || type == ncclFloat16 ? 2 : 1;
+  const bool latencyOnly = servedByLatency(config, nRanks, config.maxTokens, config.maxTopK);
+  return CommLayout(nRanks, config.nExperts, latencyOnly ? 0 : config.maxTokens, config.maxTopK, config.maxRowBytes);
 }
 
 struct DeviceRouting : RoutingState {
@@ -180,6 +177,10 @@ class DeviceBackend : public Backend {
     if (routing.phase == ncclMoeRouting::Phase::empty) {
       return fail(ncclInvalidUsage, "ncclMoeRoutingGetCounts: the routing has had no dispatch");
     }
+    if (state.latency != nullptr && routing.phase == ncclMoeRouting::Phase::dispatchSent) {
+      return fail(ncclInvalidUsage,
+                  "ncclMoeRoutingGetCounts: the counts of a SEND_ONLY dispatch come with ncclMoeComplete");
+    }
     if (state.countedInCapture) {
       return fail(ncclInvalidUsage,
                   "ncclMoeRoutingGetCounts: the routing's last dispatch was captured in a graph; read the "
@@ -215,7 +216,7 @@ class DeviceBackend : public Backend {
     push.x = static_cast<const char*>(args.x);
     push.hidden = args.hidden;
     push.quant = args.quant;
-    push.rowBytes = static_cast<int>(args.hidden * elementBytes(args.type));
+    push.rowBytes = static_cast<int>(args.hidden * typeBytes(args.type));
     push.wireBytes = args.quant != ncclMoeQuantNone ? args.hidden : push.rowBytes;
     push.topkWeights = args.topkWeights;
     push.scales = static_cast<const char*>(args.scales);
@@ -275,8 +276,10 @@ class DeviceBackend : public Backend {
       return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
     }
     if (state.latency != nullptr) {
-      // Late packets of a masked rank lie where nobody looks, but for those that go by selection.
-      if ((args.flags & NCCL_MOE_EXACT) != 0) MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));
+      if ((args.flags & NCCL_MOE_EXACT) != 0) {
+        MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));
+        exactUsed_ = true;
+      }
       MOECHECK(follow(stream));
       launched_ = true;
       MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));
@@ -291,7 +294,7 @@ class DeviceBackend : public Backend {
     combine.comm = view();
     combine.routing = view(routing);
     combine.x = static_cast<const char*>(args.x);
-    combine.rowBytes = static_cast<int>(args.hidden * elementBytes(args.type));
+    combine.rowBytes = static_cast<int>(args.hidden * typeBytes(args.type));
     combine.type = args.type;
     combine.weights = args.weights;
     combine.gradWeights = args.gradWeights;
@@ -358,6 +361,10 @@ class DeviceBackend : public Backend {
     if (generation <= generation_ || generation >> 62 != 0) {
       return fail(ncclInvalidArgument, "%s: generation %llu is not in %llu..2^62-1", function,
                   static_cast<unsigned long long>(generation), static_cast<unsigned long long>(generation_ + 1));
+    }
+    // What a masked rank still sends lies where nobody looks, but for rows that go by selection.
+    if (exactUsed_) {
+      return fail(ncclInvalidUsage, "%s: the communicator has combined with NCCL_MOE_EXACT in latency mode", function);
     }
     if (failure_->code != kFailTimeout) MOECHECK(usable(function));
     MOECHECK(drain());
@@ -821,6 +828,7 @@ class DeviceBackend : public Backend {
   UniqueStream own_; // for copies and meetings, beside the caller's streams
   unsigned long long masked_ = 0;
   uint64_t generation_ = 0; // of the last ncclMoeCommMaskRanks
+  bool exactUsed_ = false;  // in latency mode
   std::array<std::unique_ptr<Window>, kMaxWindows> windows_;
   std::vector<int> userWindows_;
   std::bitset<kMaxWindows> released_; // of windows_: no longer in use, but kept

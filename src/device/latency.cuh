@@ -11,12 +11,14 @@
 // Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
 // after it has seen its peer's header of call n+1.  The peer stored that in a kernel that began after its kernel of call n had
 // ended, and had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its own memory
-// are performed when it ends.  A header comes in every call from every rank, even where nothing else is to be sent.
+// are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the header.)  A header
+// comes in every call from every rank, even where nothing else is to be sent.
 //
 // Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
 // sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
 // one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends whatever nobody has
-// claimed yet: whatever else runs, one resident block is enough for the peers to go on, and once they do, so does this rank.
+// claimed yet, and one that ends leaves its SM to the next: whatever else runs, one resident block is enough for the peers to go on,
+// and once they do, so does this rank.
 //
 // Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank.
 #pragma once
@@ -207,7 +209,8 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // ------------------------------------------------------------------------------------------------------ sending ----
 
-// A claim under way: what a warp may read meanwhile need not wait for the answer.
+// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that has failed claims nothing, for its
+// calls no longer wait for the peers' and would overwrite what they have yet to read.
 struct Claim {
   unsigned long long mark, before;
   // The same answer in all lanes.
@@ -215,14 +218,15 @@ struct Claim {
 };
 
 struct Shares {
+  const uint32_t* failed;
   unsigned long long* claims;
   unsigned long long mark; // of this call
   int count;               // shares that have items
   bool allTaken;
 
   __device__ __forceinline__ Shares(const LatencyView& v, const Call& call, int nItems, bool taken)
-    : claims(reinterpret_cast<unsigned long long*>(own(v) + v.layout.claims)), mark(call.number + 1),
-      count(min(nItems, stride())), allTaken(taken) {}
+    : failed(&control(v.comm)->failed), claims(reinterpret_cast<unsigned long long*>(own(v) + v.layout.claims)),
+      mark(call.number + 1), count(min(nItems, stride())), allTaken(taken) {}
 
   // Neighbouring shares go to different SMs.
   static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
@@ -230,7 +234,11 @@ struct Shares {
 
   __device__ __forceinline__ Claim claim(int share) const {
     Claim claim{mark, 0};
-    if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims[share], mark);
+    if ((threadIdx.x & 31) == 0) {
+      const uint32_t silent = *reinterpret_cast<const volatile uint32_t*>(failed);
+      const unsigned long long before = atomicExch(&claims[share], mark);
+      claim.before = silent != 0 ? mark : before;
+    }
     return claim;
   }
   // One that nobody had claimed a moment ago, or -1.
@@ -273,11 +281,13 @@ __device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call
   return Progress::failed;
 }
 
-// Counts how long this call, which began at *begun, has waited for rank r; once, for *begun is 0 afterwards.
-__device__ __forceinline__ void countWait(const LatencyView& v, int r, uint64_t* begun) {
-  if (*begun == 0) return;
-  atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - *begun));
-  *begun = 0;
+// The same, counting the time that it took; of a wait that stalls each part is counted.
+__device__ __forceinline__ Progress awaitAndCount(const LatencyView& v, const Call& call, int r, uint32_t signature,
+                                                  bool mayStall, uint4* header) {
+  const uint64_t start = globalTimerNs();
+  const Progress progress = awaitHeader(v, call, r, signature, mayStall, header);
+  atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - start));
+  return progress;
 }
 
 // Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole warp.
@@ -292,9 +302,11 @@ __device__ __forceinline__ bool isLiteral(const LatencyView& v, const Call& call
          call.tag;
 }
 
-// As many blocks as have work for a warp on each of an SM's four schedulers, were all ranks like this one; and one more.
-inline int latencyBlocks(const LatencyView& v, int nTokens, int rowBytes, int maxSms) {
+// As many blocks as have work for a warp on each of an SM's four schedulers, were all ranks like this one; and one more.  A rank
+// that has few tokens itself may still receive many.
+inline int latencyBlocks(const LatencyView& v, int ownTokens, int rowBytes, int maxSms) {
   constexpr int kItemsPerBlock = 4;
+  const int nTokens = std::max(ownTokens, v.layout.maxTokens / 8);
   const int units = 1 + (rowBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
   const long long items = static_cast<long long>(units) * std::min(v.comm.nRanks, v.layout.topK) * nTokens;
   const long long blocks = (items + kItemsPerBlock - 1) / kItemsPerBlock + 1;

@@ -31,7 +31,6 @@ struct LatencyDispatchArgs {
   const char* x;
   int rowBytes;  // of x
   int wireBytes; // after the cast
-  int hidden;
   ncclMoeQuant_t quant;
   const void* topkIdx;
   bool idx64;

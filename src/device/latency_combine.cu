@@ -206,15 +206,17 @@ __device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Cal
 }
 
 // Item 1 + n: row n % nRows, its unit n / nRows.
+// False: the share is another's.
 template <class T, bool kCast>
-__device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
+__device__ __forceinline__ bool sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
                                          unsigned long long masked, const int (&nTokens)[2], int nRows, int item,
                                          const Claim& claim) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31, k = v.layout.topK;
   if (item == 0) {
-    if (claim.mine()) sendHeaders(v, call, masked, 0, a.signature, 0);
-    return;
+    if (!claim.mine()) return false;
+    sendHeaders(v, call, masked, 0, a.signature, 0);
+    return true;
   }
   int t = (item - 1) % nRows, owner = 0;
   const int unit = shape.firstUnit + (item - 1) / nRows;
@@ -224,14 +226,15 @@ __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call
     if (t < n) break;
     t -= n;
   }
-  if ((masked >> owner & 1) != 0) return;
+  if ((masked >> owner & 1) != 0) return true;
   const size_t at = (static_cast<size_t>(owner) * v.layout.maxTokens + t) * k + lane;
   const int entry = lane < k ? reinterpret_cast<const int*>(own(v) + v.layout.map)[at] : -1;
   const unsigned here = __ballot_sync(~0u, entry >= 0);
-  if (here == 0 || !claim.mine()) return;
+  if (!claim.mine()) return false;
+  if (here == 0) return true;
   if (unit == 0) {
     sendGrads(a, call, owner, t, entry);
-    return;
+    return true;
   }
   const Place place(unit - 1, shape.nPackets);
   if constexpr (kCast) {
@@ -241,13 +244,14 @@ __device__ __forceinline__ void sendItem(const LatencyCombineArgs& a, const Call
   } else {
     sendSum<T>(a, call, owner, t, unit - 1, place, entry, here);
   }
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------------- receive ------
 
-// Lane l waits for ranks l and l + 32; begun[] as countWait wants it, for each.
+// Lane l waits for ranks l and l + 32.
 __device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, const Call& call,
-                                                   unsigned long long masked, uint64_t (&begun)[2], bool mayStall) {
+                                                   unsigned long long masked, bool mayStall) {
   const LatencyView& v = a.view;
   Progress worst = Progress::done;
 #pragma unroll
@@ -255,8 +259,7 @@ __device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, 
     const int r = static_cast<int>(threadIdx.x & 31) + 32 * i;
     if (worst != Progress::done || r >= v.comm.nRanks || (masked >> r & 1) != 0) continue;
     uint4 header;
-    worst = awaitHeader(v, call, r, a.signature, mayStall, &header);
-    if (worst == Progress::done) countWait(v, r, &begun[i]);
+    worst = awaitAndCount(v, call, r, a.signature, mayStall, &header);
   }
   if (__any_sync(~0u, worst == Progress::failed)) return Progress::failed;
   return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
@@ -273,8 +276,9 @@ __device__ __forceinline__ unsigned long long planesOf(const LatencyCombineArgs&
 }
 
 template <class T, bool kExact>
-__device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, const Call& call, int t, int segment,
-                                                   int nPackets, unsigned long long planes, bool mayStall) {
+__device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, const Call& call, unsigned buffer,
+                                                   int t, int segment, int nPackets, unsigned long long planes,
+                                                   bool mayStall) {
   constexpr int kElems = Vec<T>::kElems;
   constexpr int kPlanes = kPlanesAtATime<kExact>;
   constexpr int kEach = kExact ? 3 : 2; // packets of a lane in a plane
@@ -299,22 +303,21 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
         from[j * kEach + 2] = plane[j] >= 0 && lane == 0 ? base + v.layout.extrasOf(segment) : nullptr;
       }
     }
+    const auto planeOf = [&](int i) {
+      int p = plane[0];
+#pragma unroll
+      for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
+      return p;
+    };
+    const auto peerOf = [&](int i) {
+      if (!kExact) return planeOf(i);
+      const uint4* picks = packets(own(v), v.layout.pick(buffer, v.comm.rank, t));
+      return v.comm
+        .positionRank[pickOf(loadPacket(picks + planeOf(i) / kPicksPerPacket), planeOf(i) % kPicksPerPacket)];
+    };
     // Lanes whose packets are there keep others company in the wait, so every lane may shuffle.
-    const Progress progress = take<false>(
-      v.comm, kPhaseLatencyCombineRow,
-      [&](int i) {
-        int p = plane[0];
-#pragma unroll
-        for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
-        return p;
-      },
-      call.tag, mayStall, from, got,
-      [&](int i) {
-        int p = plane[0];
-#pragma unroll
-        for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
-        return isLiteral(v, call, p, t, 1 + segment);
-      });
+    const Progress progress = take<false>(v.comm, kPhaseLatencyCombineRow, peerOf, call.tag, mayStall, from, got,
+                                          [&](int i) { return isLiteral(v, call, planeOf(i), t, 1 + segment); });
     if (progress != Progress::done) return progress;
 #pragma unroll
     for (int j = 0; j < kPlanes; j++) {
@@ -428,9 +431,9 @@ __device__ __forceinline__ Progress receiveGrads(const LatencyCombineArgs& a, co
 template <class T, bool kCast>
 __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
-                                                uint64_t (&begun)[2], bool mayStall) {
+                                                bool mayStall) {
   const LatencyView& v = a.view;
-  if (item == 0) return receiveHeaders(a, call, masked, begun, mayStall);
+  if (item == 0) return receiveHeaders(a, call, masked, mayStall);
   const int t = (item - 1) % nTokens, unit = shape.firstUnit + (item - 1) / nTokens;
   const int pick = loadPick(v, buffer, v.comm.rank, t);
   const int rankOfPick = pick != kNoPick ? v.comm.positionRank[pick] : -1;
@@ -440,9 +443,9 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
   if constexpr (kCast) {
     progress = receiveCast(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
   } else if (a.exact) {
-    progress = receiveSegment<T, true>(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
+    progress = receiveSegment<T, true>(a, call, buffer, t, unit - 1, shape.nPackets, planes, mayStall);
   } else {
-    progress = receiveSegment<T, false>(a, call, t, unit - 1, shape.nPackets, planes, mayStall);
+    progress = receiveSegment<T, false>(a, call, buffer, t, unit - 1, shape.nPackets, planes, mayStall);
   }
   if (masked != 0 && unit == 1 && progress == Progress::done) {
     const unsigned lost = __ballot_sync(~0u, rankOfPick >= 0 && (masked >> rankOfPick & 1) != 0);
@@ -462,7 +465,8 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   const Shape shape(a);
   // Lane r: tokens of ranks r and r + 32.
   const int lane = threadIdx.x & 31;
-  const bool go = state->go != 0;
+  // A failed rank's last dispatch may not have come as far as to say what is in the tensors.
+  const bool go = state->go != 0 && *reinterpret_cast<volatile uint32_t*>(&control(v.comm)->failed) == 0;
   const int tokens[2] = {go && lane < v.comm.nRanks ? state->nTokens[lane] : 0,
                          go && lane + 32 < v.comm.nRanks ? state->nTokens[lane + 32] : 0};
   const int nRows = __reduce_add_sync(~0u, tokens[0] + tokens[1]);
@@ -473,16 +477,15 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   Shares shares(v, call, nSend, false);
   int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
   int item = Shares::first();
-  uint64_t begun[2];
-  begun[0] = begun[1] = globalTimerNs();
   bool stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
       const Claim claim = shares.claim(share);
 #pragma unroll 1
-      for (int i = share; i < nSend; i += Shares::stride())
-        sendItem<T, kCast>(a, call, shape, masked, tokens, nRows, i, claim);
+      for (int i = share; i < nSend; i += Shares::stride()) {
+        if (!sendItem<T, kCast>(a, call, shape, masked, tokens, nRows, i, claim)) break;
+      }
       share = stalled ? shares.unclaimed() : -1;
       if (share >= 0) continue;
     }
@@ -491,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
 #pragma unroll 1
     for (; item < nReceive; item += Shares::stride()) {
       const Progress progress =
-        receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, begun, a.halves.send && !shares.allTaken);
+        receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
       if (__builtin_expect(progress == Progress::failed, 0)) break;
       if (__builtin_expect(progress == Progress::stalled, 0)) {
         share = shares.unclaimed();

@@ -282,7 +282,7 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
 
 // Headers and picks of all ranks, as far as this thread looks at them.
 __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                           unsigned buffer, const Lists& lists, uint64_t* begun, bool mayStall) {
+                                           unsigned buffer, const Lists& lists, bool mayStall) {
   const LatencyView& v = a.view;
   const LatencyState* state = stateOf(v);
   const int nRanks = v.comm.nRanks, perToken = v.layout.pickPackets, perRank = v.layout.maxTokens * perToken;
@@ -291,9 +291,9 @@ __device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const C
     const int r = threadIdx.x;
     uint4 header = make_uint4(0, 0, ~0u, 0); // of a masked rank
     if ((masked >> r & 1) == 0) {
-      const Progress progress = awaitHeader(v, call, r, a.signature, mayStall, &header);
+      const Progress progress = blockIdx.x == 0 ? awaitAndCount(v, call, r, a.signature, mayStall, &header)
+                                                : awaitHeader(v, call, r, a.signature, mayStall, &header);
       if (progress != Progress::done) return progress;
-      if (blockIdx.x == 0) countWait(v, r, begun);
     }
     lists.nTokens[r] = a.keep ? state->nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
     lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
@@ -444,7 +444,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     const int n = lists.totals[l];
     if (a.expertCounts != nullptr) a.expertCounts[l] = n;
     if (v.hostCounts) hostCounts[l] = n;
-    if (n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
+    if (go && n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
   }
   if (a.expertOffsets != nullptr) {
 #pragma unroll 1
@@ -463,7 +463,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   if (a.recvCount != nullptr) *a.recvCount = nRows;
   state->go = go ? 1 : 0;
   volatile RoutingOutcome* o = v.outcome;
-  if (v.hostCounts || !go) o->nRows = nRows;
+  if (v.hostCounts || !go || state->reported != 0) o->nRows = nRows;
   const bool bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
   if (go && !bad && state->reported != 0) o->code = kOutcomeOk;
   state->reported = go && !bad ? 0 : 1;
@@ -701,7 +701,6 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
   int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
   int nArrivals = -1;                                    // tokens of all ranks, once they are known
   Call call{};
-  uint64_t begun = globalTimerNs();
   bool go = false, cleared = false, allTaken = false, stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
@@ -730,7 +729,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyDispatchKernel(const __gri
     const bool mayStall = a.halves.send && !shares.allTaken;
     if (nArrivals < 0) { // the same in the whole block
       __syncthreads();   // the bitmaps are clear
-      const Progress progress = gather(a, call, masked, buffer, lists, &begun, mayStall);
+      const Progress progress = gather(a, call, masked, buffer, lists, mayStall);
       if (__builtin_expect(__syncthreads_or(progress != Progress::done) != 0, 0)) {
         if (__syncthreads_or(progress == Progress::failed) != 0) break;
         share = shares.unclaimed();

@@ -67,6 +67,7 @@ ncclResult_t LatencyRouting::empty(cudaStream_t stream) {
   CUDACHECK(cudaMemsetAsync(own + layout.records, kEmptyByte, layout.map - layout.records, stream));
   CUDACHECK(cudaMemsetAsync(own + layout.map, 0, layout.bytes - layout.map, stream));
   CUDACHECK(cudaStreamSynchronize(stream));
+  *view_.outcome = RoutingOutcome{};
   return ncclSuccess;
 }
 
@@ -79,7 +80,6 @@ ncclResult_t LatencyRouting::dispatch(const ncclMoeDispatchArgs_t& args, const n
   a.x = static_cast<const char*>(args.x);
   a.rowBytes = args.hidden * typeBytes(args.type);
   a.wireBytes = cast ? args.hidden : a.rowBytes;
-  a.hidden = args.hidden;
   a.quant = args.quant;
   a.topkIdx = args.topkIdx;
   a.idx64 = args.topkIdxType == ncclInt64;

@@ -69,11 +69,24 @@ std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase
   return "";
 }
 
+// Calls that wait for the lost rank, one behind the other.  The first of rank 0 names an expert that there is not.
 std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
   DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
+  CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
   RANK_TRY(rank.upload(dispatch, false));
-  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_TRY(rank.upload(combine, false));
+  if (rank.rank() == 0) {
+    const int64_t bad = 1 << 30;
+    RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), &bad, sizeof(bad), cudaMemcpyHostToDevice,
+                              rank.stream()));
+  }
+  for (int i = 0; i < 3; i++) {
+    RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+    RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  }
   RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  RANK_TRY(rank.download());
+  RANK_TRY(combine.verifyUntouched());
   ncclResult_t async = ncclSuccess;
   RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
   RANK_TRY(expectResult("async error", async, ncclRemoteError, rank.comm(), "rank 2"));
@@ -94,6 +107,7 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
   const uint64_t seed = testSeed();
   const int nDevices = gpuCount();
   ExchangeCase whole = makeExchange(seed, kRanks, kTokens, kTokens + 5);
+  whole.routing.hostCounts = 1;
   const ExchangeCase rest = without(whole, seed + 1);
   const std::string wrong =
     runGpu(kRanks, RanksAs::processes, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
@@ -128,6 +142,20 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
         CombineCall exact(*rest.reference, rest.combine, r, false, NCCL_MOE_EXACT);
         const std::vector<int64_t>& ids = whole.reference->problem().sources[static_cast<size_t>(r)].topkIdx;
         for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, rest, &ids));
+        DispatchStyle half;
+        half.flags = NCCL_MOE_SEND_ONLY;
+        half.slack = 64;
+        DispatchCall sent(*rest.reference, r, half); // given up by the next ncclMoeCommMaskRanks
+        RANK_TRY(rank.upload(sent, false));
+        RANK_OK(ncclMoeDispatch(&sent.args(), routing, rank.comm(), rank.stream()), rank.comm());
+        int64_t nRows = 0;
+        RANK_TRY(expectResult("counts between the halves",
+                              ncclMoeRoutingGetCounts(routing, rank.comm(), &nRows, nullptr), ncclInvalidUsage,
+                              rank.comm(), "ncclMoeComplete"));
+        RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+        rank.forget();
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, 2), rank.comm());
+        RANK_TRY(exchange(rank, routing, rest, &ids));
         RANK_TRY(rank.upload(exact, false));
         RANK_TRY(expectResult("EXACT while masked", ncclMoeCombine(&exact.args(), routing, rank.comm(), rank.stream()),
                               ncclInvalidUsage, rank.comm(), "masked"));
@@ -137,19 +165,19 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
         stats.waitNs = waitNs.data();
         stats.expertTokens = expertTokens.data();
         RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
-        const uint64_t lost = 3 * selectionsOfLost(whole, r);
+        const uint64_t lost = 4 * selectionsOfLost(whole, r);
         RANK_CHECK(stats.leftOut == lost, "left out %llu selections instead of %llu", (unsigned long long)stats.leftOut,
                    (unsigned long long)lost);
         for (size_t l = 0; l < expertTokens.size(); l++) {
           const uint64_t want = 3 * static_cast<uint64_t>(whole.reference->delivery(r).expertCounts[l]) +
-                                3 * static_cast<uint64_t>(rest.reference->delivery(r).expertCounts[l]);
+                                4 * static_cast<uint64_t>(rest.reference->delivery(r).expertCounts[l]);
           RANK_CHECK(expertTokens[l] == want, "expert %zu had %llu rows instead of %llu", l,
                      (unsigned long long)expertTokens[l], (unsigned long long)want);
         }
       }
       std::vector<int> ranks(kRanks);
       RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
-      RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 2), rank.comm());
+      RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 3), rank.comm());
       for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
       return rank.destroy();
     });
