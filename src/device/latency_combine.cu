@@ -15,7 +15,12 @@ namespace moe {
 namespace {
 
 constexpr int kThreads = 512;
-template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPlanes = 3; // registers spill on sm_80 with 4
+#else
+constexpr int kPlanes = 4;
+#endif
+template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : kPlanes;
 constexpr int kRowsAtATime = 4;
 
 struct Shape {
@@ -280,7 +285,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
                                                    int t, int segment, int nPackets, unsigned long long planes,
                                                    bool mayStall) {
   constexpr int kElems = Vec<T>::kElems;
-  constexpr int kPlanes = kPlanesAtATime<kExact>;
+  constexpr int kTaken = kPlanesAtATime<kExact>;
   constexpr int kEach = kExact ? 3 : 2; // packets of a lane in a plane
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
@@ -289,11 +294,11 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   float acc[2][kElems] = {};
 #pragma unroll 1
   for (unsigned long long rest = planes; rest != 0;) {
-    const uint4* from[kPlanes * kEach];
-    uint4 got[kPlanes * kEach] = {};
-    int plane[kPlanes];
+    const uint4* from[kTaken * kEach];
+    uint4 got[kTaken * kEach] = {};
+    int plane[kTaken];
 #pragma unroll
-    for (int j = 0; j < kPlanes; j++) {
+    for (int j = 0; j < kTaken; j++) {
       plane[j] = rest != 0 ? __ffsll(static_cast<long long>(rest)) - 1 : -1;
       rest &= rest - 1;
       const uint4* base = record(max(plane[j], 0));
@@ -306,7 +311,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
     const auto planeOf = [&](int i) {
       int p = plane[0];
 #pragma unroll
-      for (int j = 1; j < kPlanes; j++) p = i / kEach == j ? plane[j] : p;
+      for (int j = 1; j < kTaken; j++) p = i / kEach == j ? plane[j] : p;
       return p;
     };
     const auto peerOf = [&](int i) {
@@ -320,7 +325,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
                                           [&](int i) { return isLiteral(v, call, planeOf(i), t, 1 + segment); });
     if (progress != Progress::done) return progress;
 #pragma unroll
-    for (int j = 0; j < kPlanes; j++) {
+    for (int j = 0; j < kTaken; j++) {
       if (plane[j] < 0) continue;
       float weight = 1.0f;
       if constexpr (kExact) weight = __uint_as_float(__shfl_sync(~0u, got[j * kEach + 2].x, 0));
