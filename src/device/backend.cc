@@ -360,7 +360,7 @@ class DeviceBackend : public Backend {
     const char* function = "ncclMoeCommMaskRanks";
     if (generation <= generation_ || generation >> 62 != 0) {
       return fail(ncclInvalidArgument, "%s: generation %llu is not in %llu..2^62-1", function,
-                  static_cast<unsigned long long>(generation), static_cast<unsigned long long>(generation_ + 1));
+                  static_cast<unsigned long long>(generation), static_cast<unsigned long long>(generation_) + 1);
     }
     // What a masked rank still sends lies where nobody looks, but for rows that go by selection.
     if (exactUsed_) {
