@@ -162,7 +162,8 @@ ncclResult_t describePlugin(const std::string& file, ncclDebugLogger_t logger, i
   for (int version : versions) printf(" v%d", version);
   printf("\n");
   const ncclResult_t result = net->init(logger);
-  if (result != ncclSuccess) return fail(result, "the plugin's init returned error %d", int(result));
+  if (result != ncclSuccess)
+    return fail(result, "the plugin's init returned error %d (NCCL_MOE_DEBUG=WARN says why)", int(result));
   int n = 0;
   if (net->devices(&n) != ncclSuccess) return fail(ncclInternalError, "the plugin's devices() failed");
   printf("  devices: %d\n", n);

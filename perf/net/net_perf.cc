@@ -1,6 +1,7 @@
 // Starts the processes of a measurement or of a check, and prints the results.
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -151,7 +152,8 @@ ncclResult_t runSide(Control control, Plan plan, bool first, const Options& o, i
   std::vector<int> versions;
   MOECHECK(loadNet(o.plugin, &net, &versions));
   const ncclResult_t result = net->init(logger);
-  if (result != ncclSuccess) return fail(result, "the plugin's init returned error %d", int(result));
+  if (result != ncclSuccess)
+    return fail(result, "the plugin's init returned error %d (NCCL_MOE_DEBUG=WARN says why)", int(result));
   int n = 0;
   if (net->devices(&n) != ncclSuccess || device >= n)
     return fail(ncclInvalidArgument, "the plugin has %d devices; there is no device %d", n, device);
@@ -203,8 +205,11 @@ ncclResult_t runSide(Control control, Plan plan, bool first, const Options& o, i
 
 pid_t spawn(const std::function<int()>& body) {
   fflush(stdout);
+  const pid_t parent = getpid();
   const pid_t child = fork();
   if (child != 0) return child;
+  prctl(PR_SET_PDEATHSIG, SIGKILL); // whoever kills net_perf means all of it
+  if (getppid() != parent) _exit(exitFailed);
   const int status = body();
   fflush(stdout);
   _exit(status);

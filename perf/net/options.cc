@@ -108,6 +108,7 @@ ncclResult_t parseOptions(int argc, char** argv, Options* o) {
       o->server = true;
       break;
     case 'c':
+      if (*optarg == 0) return fail(ncclInvalidArgument, "-c needs the server's name or address");
       o->client = optarg;
       break;
     case 'p':

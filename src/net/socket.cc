@@ -22,7 +22,8 @@ namespace net {
 namespace {
 
 IntParam bufferBytes{"NCCL_MOE_NET_TCP_BUFFER", 0, 0, 1 << 30,
-                     "bytes of kernel buffer per TCP socket and direction; 0: the kernel adapts it"};
+                     "bytes of kernel buffer per TCP socket and direction, 16384 at least; 0: the kernel adapts it"};
+constexpr int kLeastBufferBytes = 16384; // below this TCP itself crawls
 
 StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
                            "interfaces: prefixes (eth,ib), exact names (=eth0), or prefixes to leave out (^docker)"};
@@ -164,7 +165,8 @@ void tuneSocket(int fd) {
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
-  const int bytes = static_cast<int>(bufferBytes.get());
+  const int wanted = static_cast<int>(bufferBytes.get());
+  const int bytes = wanted == 0 ? 0 : std::max(wanted, kLeastBufferBytes);
   if (bytes > 0) {
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));

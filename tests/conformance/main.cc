@@ -107,8 +107,13 @@ int main(int argc, char** argv) {
       options.verbose = true;
       break;
     default:
+      fprintf(stderr, "net_conformance: the options stand at the top of tests/conformance/main.cc\n");
       return 2;
     }
+  }
+  if (optind < argc) {
+    fprintf(stderr, "net_conformance: unknown argument %s (--plugin FILE.so)\n", argv[optind]);
+    return 2;
   }
   if (list) {
     for (const auto& c : cases()) printf("%s\n", c.name);
