@@ -111,7 +111,8 @@ void Stats::write() const {
   }
   const std::string path = expandFileName(statsFile.get());
   std::ofstream file(path);
-  file << root.dump(2) << "\n";
+  // A peer names its device in bytes of its own.
+  file << root.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
   if (!file) MOE_WARN("NCCL_MOE_NET_STATS: cannot write %s", path.c_str());
 }
 

@@ -114,7 +114,17 @@ bool DataSocket::receiveHeader() {
     broken("the peer sent a chunk for a receive that is not there");
     return false;
   }
-  slot_->total.store(in_.total, std::memory_order_relaxed);
+  // A peer whose chunks overlap, or which sends the message twice, would write into a buffer that is no longer the receive's.
+  uint64_t total = 0, claimed = slot_->claimed.load();
+  bool fits = slot_->total.compare_exchange_strong(total, in_.total) || total == in_.total;
+  do {
+    fits = fits && claimed <= in_.total && in_.bytes <= in_.total - claimed;
+  } while (fits && !slot_->claimed.compare_exchange_weak(claimed, claimed + in_.bytes));
+  if (!fits || slot_->generation.load() != generation) {
+    errno = EPROTO;
+    broken("the peer sent more chunks than its message has");
+    return false;
+  }
   inBytes_ = 0;
   return true;
 }

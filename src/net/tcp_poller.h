@@ -30,6 +30,8 @@ struct Slot {
   uint64_t room = 0;
   std::atomic<uint64_t> total{0};
   std::atomic<uint64_t> received{0};
+  std::atomic<uint64_t> claimed{0}; // of total by chunks whose headers have come; cameWhole: no chunk may come any more
+  static constexpr uint64_t cameWhole = UINT64_MAX;
 };
 
 struct ChunkJob {

@@ -196,6 +196,10 @@ ncclResult_t TcpConnection::onHeader(const MessageHeader& header) {
   inPayload_ = true;
   if (PostedReceives::Entry* entry = posted_.find(header.tag, header.index)) {
     Member& m = member(entry->slot);
+    uint64_t claimed = 0;
+    if (m.granted && !shared_->slots[entry->slot].claimed.compare_exchange_strong(claimed, Slot::cameWhole)) {
+      return broken(ncclRemoteError, "the peer sent a message in chunks and whole");
+    }
     sink_ = m.data;
     sinkLeft_ = std::min<size_t>(header.bytes, m.room);
     discardLeft_ = header.bytes - sinkLeft_;
@@ -264,6 +268,7 @@ ncclResult_t TcpConnection::grant(uint32_t slot) {
   s.room = m.room;
   s.total.store(0, std::memory_order_relaxed);
   s.received.store(0, std::memory_order_relaxed);
+  s.claimed.store(0, std::memory_order_relaxed);
   s.generation.store(++generation_, std::memory_order_release);
   MessageHeader header;
   header.kind = MessageKind::grant;

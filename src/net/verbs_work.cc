@@ -170,7 +170,10 @@ ncclResult_t VerbsConnection::post(uint32_t index, ibv_send_wr* first, int count
   queue.sendFree -= count;
   queue.unsignaled += count;
   ibv_send_wr* last = first;
-  for (int i = 1; i < count; i++) last = last->next;
+  for (int i = 0; i < count; i++) {
+    if (i > 0) last = last->next;
+    last->wr_id = workId(static_cast<uint8_t>(work), index, 0, request); // a failure completes any of them
+  }
   if (signal || queue.unsignaled >= signalEvery) {
     last->send_flags |= IBV_SEND_SIGNALED;
     // A completion without a request of its own only gives queue slots back.
