@@ -8,10 +8,6 @@
 namespace moe {
 namespace {
 
-size_t maxScaleBytes(size_t maxRowBytes) {
-  return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes);
-}
-
 // The reason why not, or "".
 const char* obstacle(const CommConfig& config, int nRanks, int maxTokens, int topK) {
   if (nRanks > kMaxDeviceRanks) return "more than 64 ranks";
@@ -26,7 +22,7 @@ const char* obstacle(const CommConfig& config, int nRanks, int maxTokens, int to
 } // namespace
 
 LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens, int topK) {
-  return LatencyLayout(nRanks, maxTokens, topK, config.maxRowBytes, maxScaleBytes(config.maxRowBytes));
+  return LatencyLayout(nRanks, maxTokens, topK, config.maxRowBytes, scaleRoom(config.maxRowBytes));
 }
 
 bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens, int topK) {
@@ -46,7 +42,7 @@ ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens,
 LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
                                const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, const uint32_t* homes,
                                LatencyShared* shared)
-  : maxScaleBytes_(maxScaleBytes(config.maxRowBytes)) {
+  : maxScaleBytes_(scaleRoom(config.maxRowBytes)) {
   view_.comm = comm;
   view_.layout = latencyLayout(config, comm.nRanks, routing.maxTokens, routing.topK);
   for (int r = 0; r < comm.nRanks; r++) view_.peers[r] = window.bases()[r];

@@ -100,6 +100,12 @@ struct Selection {
   uint16_t inRank;
 };
 
+// Bytes of scales that a row has room for: the fused cast makes 4 per 128 elements of two bytes; a caller's scales may take as much
+// as fits.
+inline size_t scaleRoom(size_t maxRowBytes) {
+  return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes);
+}
+
 // Offsets in the communicator window.
 struct CommLayout {
   int nRanks, nExperts, maxTokens, maxTopK;
@@ -109,8 +115,7 @@ struct CommLayout {
   CommLayout() = default;
   CommLayout(int ranks, int experts, int tokens, int topK, size_t maxRowBytes)
     : nRanks(ranks), nExperts(experts), maxTokens(tokens), maxTopK(topK), rowStride(align128(maxRowBytes)),
-      // The fused cast makes 4 bytes per 128 elements of two bytes; a caller's scales may take as much as fits.
-      scaleStride(align128(std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes))) {
+      scaleStride(align128(scaleRoom(maxRowBytes))) {
     const size_t slots = static_cast<size_t>(ranks) * tokens;
     mailbox = align128(sizeof(Control));
     mailboxStride = align128(sizeof(Message) + sizeof(int) * (static_cast<size_t>(experts) + ranks));

@@ -24,31 +24,6 @@ ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs = 10000) {
   return config;
 }
 
-// Waits for the rank's stream, not for the device, where another rank's kernel may wait for this rank's next.
-std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mentions = "") {
-  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-  ncclResult_t async = ncclSuccess;
-  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
-  return expectResult("async error", async, want, rank.comm(), mentions);
-}
-
-// A dispatch and a combine of the case, checked.
-std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
-  DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
-  CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-  RANK_TRY(rank.upload(dispatch, true));
-  RANK_TRY(rank.upload(combine, false));
-  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-  RANK_TRY(asyncIs(rank, ncclSuccess));
-  RANK_TRY(rank.download());
-  RANK_TRY(dispatch.verify());
-  RANK_TRY(combine.verify());
-  rank.forget();
-  return "";
-}
-
 // Makes a rank of the case and its routing, and runs the body.
 using Body = std::function<std::string(GpuRank& rank, ncclMoeRouting_t routing)>;
 GpuBody withRank(const ExchangeCase& e, const Body& body, int timeoutMs = 10000) {

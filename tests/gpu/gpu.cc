@@ -188,6 +188,29 @@ void GpuRank::forget(size_t minPiece) {
   reachableArena_.reset(minPiece);
 }
 
+std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mentions) {
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  ncclResult_t async = ncclSuccess;
+  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
+  return expectResult("async error", async, want, rank.comm(), mentions);
+}
+
+std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Reference& reference,
+                         const CombineProblem& problem) {
+  DispatchCall dispatch(reference, rank.rank(), DispatchStyle());
+  CombineCall combine(reference, problem, rank.rank(), false, 0);
+  RANK_TRY(rank.upload(dispatch, true));
+  RANK_TRY(rank.upload(combine, false));
+  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  RANK_TRY(asyncIs(rank, ncclSuccess));
+  RANK_TRY(rank.download());
+  RANK_TRY(dispatch.verify());
+  RANK_TRY(combine.verify());
+  rank.forget();
+  return "";
+}
+
 std::vector<std::string> runGpuRanks(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body) {
   ClusterOptions options;
   options.nRanks = nRanks;

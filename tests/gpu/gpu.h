@@ -95,6 +95,16 @@ template <class Call> std::string GpuRank::upload(Call& call, bool reachable) {
   return wrong;
 }
 
+// Waits for the rank's stream, not for the device, where another rank's kernel may wait for this rank's next.
+std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mentions = "");
+
+// A dispatch and a combine, checked.
+std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Reference& reference,
+                         const CombineProblem& combine);
+template <class Case> std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Case& e) {
+  return exchangeOnce(rank, routing, *e.reference, e.combine);
+}
+
 // Runs the ranks in fresh processes; the time limit makes a hang a failure.  runGpu returns all the failures, runGpuRanks
 // what each rank said.
 enum class RanksAs { threads, processes };

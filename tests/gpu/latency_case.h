@@ -51,11 +51,6 @@ std::string runDecode(const World& world, const DecodeRun& run, const DecodeBody
 // All ranks have come here.
 std::string meetAll(GpuRank& rank, Meeting& meeting, int nRanks);
 
-// Waits for the rank's stream, and checks the async error.
-std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mentions = "");
-// A dispatch and a combine, checked.
-std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const DecodeCase& e);
-
 class Stream {
  public:
   Stream() { cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking); }

@@ -58,10 +58,7 @@ std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase
   }
   RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
   RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-  ncclResult_t async = ncclSuccess;
-  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
-  RANK_TRY(expectResult("async error", async, ncclSuccess, rank.comm()));
+  RANK_TRY(asyncIs(rank, ncclSuccess));
   RANK_TRY(rank.download());
   RANK_TRY(dispatch.verify());
   RANK_TRY(combine.verify());
@@ -87,9 +84,7 @@ std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const Excha
   RANK_CUDA(cudaStreamSynchronize(rank.stream()));
   RANK_TRY(rank.download());
   RANK_TRY(combine.verifyUntouched());
-  ncclResult_t async = ncclSuccess;
-  RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
-  RANK_TRY(expectResult("async error", async, ncclRemoteError, rank.comm(), "rank 2"));
+  RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 2"));
   rank.forget();
   return "";
 }
