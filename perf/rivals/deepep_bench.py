@@ -2,15 +2,21 @@
 """Times DeepEP's dispatch and combine as moe_perf times ours, right after moe_perf in the same run, and prints both.
 
   perf/rivals/deepep_bench.py [-g GPUS] [--tokens 4096] [--hidden 7168] [--topk 8] [--experts 256] [--sms 24,64]
-                              [--small 1,16,64,128] [--moe-perf build/bin/moe_perf] [--json FILE]
+                              [--small 1,16,64,128] [--library v1,v2] [--moe-perf build/bin/moe_perf] [--json FILE]
 
-Needs PyTorch and the Python package deep_ep with the interface of DeepEP V1 (class Buffer), installed as its own
-documentation says; low-latency kernels are timed if it was built with NVSHMEM.  DeepEP takes 2, 4 or 8 GPUs.
+Needs PyTorch and the Python package deep_ep, installed as its own documentation says.  Of it are timed, unless --library
+names fewer: class Buffer (V1; its low-latency kernels too if it was built with NVSHMEM), which takes 2, 4 or 8 GPUs; class
+ElasticBuffer (V2), which wants the NCCL that it was built with, 2.30.4 or newer, in PyTorch too, and compiles its
+kernels at their first call.
 
 What is timed is all that a user waits for.  Dispatch: layout and dispatch, including the counts that DeepEP brings to
-the host; "no sync": with num_worst_tokens, where it does not.  Each iteration the caches are flushed and the ranks meet on the
-device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of many calls, the time of one.
-The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
+the host; "no sync": with num_worst_tokens (V2: do_cpu_sync=False), where it does not; "cached": V2 with the handle of an
+earlier dispatch instead of the routing.  V2's epilogue kernels are part of its times.  Each iteration the caches are flushed and
+the ranks meet on the device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of many calls, the
+time of one.  The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
+
+Ours has the layout of the same name: V1's normal kernels and V2's have rank, V2's with do_expand expert (combine without
+weights), V1's low-latency kernels padded.
 """
 import argparse
 import json
@@ -34,6 +40,7 @@ def parse():
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--sms", type=numbers, default=[24, 64])
+    parser.add_argument("--library", type=lambda text: text.split(","), default=["v1", "v2"])
     parser.add_argument("--moe-perf", default="build/bin/moe_perf")
     parser.add_argument("--json")
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -48,6 +55,11 @@ def quantized(x):
     scales = blocks.abs().amax(dim=2).clamp(min=1e-4) / 448.0
     q = (blocks / scales.unsqueeze(2)).to(torch.float8_e4m3fn).view(x.shape)
     return q, scales.T.contiguous().T
+
+
+def dequantized(q, scales):
+    import torch
+    return (q.float().view(q.size(0), -1, 128) * scales.unsqueeze(2)).view(q.shape).to(torch.bfloat16)
 
 
 class Rank:
@@ -120,11 +132,24 @@ class Rank:
         weights = torch.rand(tokens, a.topk, device="cuda")
         return x, idx, weights
 
-    def note(self, collective, kind, tokens, sms, us):
-        self.results.append({"collective": collective, "kind": kind, "tokens": tokens, "sms": sms, "us": us})
+    def note(self, library, collective, kind, layout, tokens, sms, us):
+        self.results.append({"library": library, "collective": collective, "kind": kind, "layout": layout, "tokens": tokens,
+                             "sms": sms, "us": us, "graph": layout == "padded" or library.endswith("graph")})
+
+    def check(self, combined, x, copies):
+        """combined must be each row of x as many times as it had copies."""
+        want = x.float() * copies.unsqueeze(1)
+        error = ((combined.float() - want).abs().max() / want.abs().max()).item()
+        if not error < 0.02:
+            raise RuntimeError(f"DeepEP's combine is wrong by {error}: no valid measurement")
+
+    def ranks_of(self, idx):
+        """How many ranks each token goes to."""
+        ranks = idx // (self.args.experts // self.n)
+        return self.torch.zeros(idx.size(0), self.n, device="cuda").scatter_(1, ranks, 1).sum(1)
 
     def throughput(self, deep_ep):
-        a, torch = self.args, self.torch
+        a = self.args
         configs, size = {}, 0
         for sms in a.sms:
             deep_ep.Buffer.set_num_sms(sms)
@@ -143,20 +168,17 @@ class Rank:
                                                       num_tokens_per_expert=per_expert, topk_idx=idx, topk_weights=weights,
                                                       num_worst_tokens=worst, config=configs[sms][0])
 
-                    self.note("dispatch", kind + ", no sync", tokens, sms, self.time(lambda: dispatch(self.n * tokens)))
-                    self.note("dispatch", kind, tokens, sms, self.time(dispatch))
+                    us = self.time(lambda: dispatch(self.n * tokens))
+                    self.note("V1", "dispatch", kind + ", no sync", "rank", tokens, sms, us)
+                    self.note("V1", "dispatch", kind, "rank", tokens, sms, self.time(dispatch))
                     if kind == "bf16":
                         received, handle, combined = last["out"][0], last["out"][4], {}
 
                         def combine():
                             combined["x"] = buffer.combine(received, handle, config=configs[sms][1])[0]
 
-                        self.note("combine", kind, tokens, sms, self.time(combine))
-                        copies = torch.zeros(tokens, self.n, device="cuda").scatter_(1, idx // (a.experts // self.n), 1).sum(1)
-                        want = x.float() * copies.unsqueeze(1)
-                        error = ((combined["x"].float() - want).abs().max() / want.abs().max()).item()
-                        if not error < 0.02:
-                            raise RuntimeError(f"DeepEP's combine is wrong by {error}: no valid measurement")
+                        self.note("V1", "combine", kind, "rank", tokens, sms, self.time(combine))
+                        self.check(combined["x"], x, self.ranks_of(idx))
         buffer.destroy()
 
     def latency(self, deep_ep):
@@ -168,19 +190,60 @@ class Rank:
             x, idx, weights = self.draw(tokens)
             for kind in ("bf16", "fp8 cast"):
                 call = lambda: buffer.low_latency_dispatch(x, idx, most, a.experts, use_fp8=kind != "bf16")
-                self.note("dispatch", kind, tokens, 0, self.time_graph(call))
+                self.note("V1 low latency", "dispatch", kind, "padded", tokens, 0, self.time_graph(call))
             handle = buffer.low_latency_dispatch(x, idx, most, a.experts, use_fp8=False)[2]
             rows = torch.randn(a.experts // self.n, self.n * most, a.hidden, dtype=torch.bfloat16, device="cuda")
             call = lambda: buffer.low_latency_combine(rows, idx, weights, handle)
-            self.note("combine", "bf16", tokens, 0, self.time_graph(call))
+            self.note("V1 low latency", "combine", "bf16", "padded", tokens, 0, self.time_graph(call))
+        buffer.destroy()
+
+    def elastic(self, deep_ep):
+        a = self.args
+        buffer = deep_ep.ElasticBuffer(self.dist.group.WORLD, num_max_tokens_per_rank=max(a.tokens + a.small), hidden=a.hidden,
+                                       num_topk=a.topk, allow_hybrid_mode=False, explicitly_destroy=True)
+        runs = [(tokens, tokens, sms, False) for tokens in a.tokens for sms in a.sms]
+        runs += [(tokens, max(a.small), max(a.sms), True) for tokens in a.small]
+        for tokens, most, sms, graph in runs:
+            library, time_of = ("V2, graph", self.time_graph) if graph else ("V2", self.time)
+            x, idx, weights = self.draw(tokens)
+            idx = idx.to(deep_ep.topk_idx_t)
+            for layout, kind in ((l, k) for l in ("rank", "expert") for k in ("bf16", "fp8")):
+                rows, last = x if kind == "bf16" else quantized(x), {}
+
+                def dispatch():
+                    last["out"] = buffer.dispatch(rows, topk_idx=idx, topk_weights=weights, num_experts=a.experts,
+                                                  num_max_tokens_per_rank=most, num_sms=sms, do_cpu_sync=False,
+                                                  do_expand=layout == "expert")
+                    return last["out"]
+
+                def combine():
+                    last["combined"] = buffer.combine(received, handle, num_sms=sms)[0]
+                    return last["combined"]
+
+                self.note(library, "dispatch", kind + ", no sync", layout, tokens, sms, time_of(dispatch))
+                received, _, _, handle, _ = dispatch()
+                if layout == "rank" and not graph:
+                    us = self.time(lambda: buffer.dispatch(rows, handle=handle, num_sms=sms))
+                    self.note(library, "dispatch", kind + ", cached", layout, tokens, sms, us)
+                if kind == "bf16":
+                    self.note(library, "combine", kind, layout, tokens, sms, time_of(combine))
+                else:
+                    received = dequantized(*received)
+                sent = x if kind == "bf16" else dequantized(*rows)
+                copies = self.ranks_of(idx) if layout == "rank" else self.torch.full((tokens,), float(a.topk), device="cuda")
+                self.check(combine(), sent, copies)
         buffer.destroy()
 
     def run(self, path):
         import deep_ep
         try:
-            self.throughput(deep_ep)
-            if self.args.small and hasattr(deep_ep.Buffer, "low_latency_dispatch"):
-                self.latency(deep_ep)
+            if "v2" in self.args.library and hasattr(deep_ep, "ElasticBuffer"):
+                self.elastic(deep_ep)
+            if "v1" in self.args.library and hasattr(deep_ep, "Buffer"):
+                if self.args.tokens:
+                    self.throughput(deep_ep)
+                if self.args.small and hasattr(deep_ep.Buffer, "low_latency_dispatch"):
+                    self.latency(deep_ep)
         finally:
             if self.rank == 0:
                 with open(path, "w", encoding="utf-8") as f:
@@ -189,23 +252,23 @@ class Rank:
         self.dist.destroy_process_group()
 
 
-def ours(args):
-    """{(collective, kind, tokens): µs} of moe_perf, with the library's choice of SMs."""
-    found = {}
+def ours(args, wanted):
+    """{(kind, layout, graph, collective, tokens): µs} of moe_perf, with the library's choice of SMs."""
+    kinds = {"bf16": [], "fp8": ["-d", "fp8"], "fp8 cast": ["--quant", "fp8"]}
+    layouts = {"rank": [], "expert": ["--layout", "expert", "--weights", "outside"], "padded": ["--layout", "padded"]}
     common = [args.moe_perf, "--device", "cuda", "-g", str(args.gpus), "--hidden", str(args.hidden), "--topk", str(args.topk),
               "--experts", str(args.experts), "-n", str(ITERATIONS), "-w", str(WARMUP), "-c", "0"]
-    small = ["--layout", "padded", "--graph", str(GRAPH_CALLS)]
-    runs = [("bf16", args.tokens, []), ("fp8", args.tokens, ["-d", "fp8"]),
-            ("bf16", args.small, small), ("fp8 cast", args.small, small + ["--quant", "fp8"])]
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "ours.json")
-        for kind, sizes, options in runs:
-            for tokens in sizes:
-                subprocess.run(common + ["-b", str(tokens), "--json", path] + options, check=True, stdout=subprocess.DEVNULL)
+        for kind, layout, graph in wanted:
+            options = kinds[kind] + layouts[layout] + (["--graph", str(GRAPH_CALLS)] if graph else [])
+            for tokens in args.small if graph else args.tokens:
+                subprocess.run(common + options + ["-b", str(tokens), "--json", path], check=True, stdout=subprocess.DEVNULL)
                 with open(path, encoding="utf-8") as f:
                     result = json.load(f)["results"][0]
                 for collective in ("dispatch", "combine"):
-                    found[collective, kind, tokens] = result[collective]["time_us"]
+                    found[kind, layout, graph, collective, tokens] = result[collective]["time_us"]
     return found
 
 
@@ -216,10 +279,10 @@ def main():
         return 0
     if args.gpus == 0:
         args.gpus = len(subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout.splitlines())
-    mine = ours(args)
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, MOE_RIVAL_RESULTS=os.path.join(folder, "rival.json"))
         env.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")  # one host: no network is needed, nor looked for
+        env.setdefault("EP_DISABLE_GIN", "1")
         command = [sys.executable] + sys.argv + ["-g", str(args.gpus), "--port", str(20000 + os.getpid() % 20000)]
         children = [subprocess.Popen(command + ["--rank", str(r)], env=env) for r in range(args.gpus)]
         while any(child.poll() is None for child in children):
@@ -234,14 +297,15 @@ def main():
                 theirs = json.load(f)
         except OSError:
             theirs = []
+    alike = lambda r: (r["kind"].split(",")[0], r["layout"], r["graph"])
+    mine = ours(args, sorted({alike(r) for r in theirs}))
     for r in theirs:
-        r["ours_us"] = mine.get((r["collective"], r["kind"].removesuffix(", no sync"), r["tokens"]))
+        r["ours_us"] = mine[(*alike(r), r["collective"], r["tokens"])]
     print(f"{args.gpus} GPUs, hidden {args.hidden}, top-k {args.topk}, experts {args.experts}; µs; ratio: DeepEP over ours")
-    print("| | rows | tokens | SMs | DeepEP | ours | ratio |\n|---|---|---|---|---|---|---|")
+    print("| | library | rows | layout | tokens | SMs | DeepEP | ours | ratio |\n|---|---|---|---|---|---|---|---|---|")
     for r in theirs:
-        ratio = f"{r['us'] / r['ours_us']:.2f}" if r["ours_us"] else "–"
-        us = f"{r['ours_us']:.1f}" if r["ours_us"] else "–"
-        print(f"| {r['collective']} | {r['kind']} | {r['tokens']} | {r['sms'] or 'all'} | {r['us']:.1f} | {us} | {ratio} |")
+        print(f"| {r['collective']} | {r['library']} | {r['kind']} | {r['layout']} | {r['tokens']} | {r['sms'] or 'all'} | "
+              f"{r['us']:.1f} | {r['ours_us']:.1f} | {r['us'] / r['ours_us']:.2f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump(theirs, f, indent=1)

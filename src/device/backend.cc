@@ -67,7 +67,7 @@ size_t latencySharedBytes(int nExperts) {
   return align128(sizeof(LatencyShared) + sizeof(unsigned long long) * nExperts);
 }
 size_t tableBytes(const CommConfig& config, int nRanks) {
-  return windowTableBytes(nRanks) + 3 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1)) +
+  return windowTableBytes(nRanks) + 2 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1)) +
          latencySharedBytes(config.nExperts);
 }
 
@@ -97,6 +97,9 @@ class DeviceBackend : public Backend {
     NvtxRange range("ncclMoeCommInit");
     CUDACHECK(cudaGetDevice(&device_));
     CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
+    int major = 0;
+    CUDACHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    overlaps_ = major >= 9;
     CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     MOECHECK(agree());
     layout_ = commLayout(config_, moe_.nRanks);
@@ -261,8 +264,11 @@ class DeviceBackend : public Backend {
     MOECHECK(follow(stream));
     launched_ = true;
     CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
-    MOECHECK(noteCounts(state, stream));
-    CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream));
+    // An event between the kernels keeps them apart, so it is only where a caller may wait for the counts that it stands there.
+    const bool countsFirst = routing.config.hostCounts != 0;
+    if (countsFirst) MOECHECK(noteCounts(state, stream));
+    CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream, overlaps_ && !countsFirst));
+    if (!countsFirst) MOECHECK(noteCounts(state, stream));
     return followed(stream);
   }
 
@@ -486,30 +492,26 @@ class DeviceBackend : public Backend {
   }
 
   ncclResult_t makeTables() {
-    std::vector<int> rankStart(moe_.nRanks + 1, 0), position(config_.nExperts), rankOf(config_.nExperts);
+    std::vector<int> rankStart(moe_.nRanks + 1, 0), rankOf(config_.nExperts);
+    std::vector<uint32_t> homes(config_.nExperts);
     for (int r = 0; r < moe_.nRanks; r++) rankStart[r + 1] = rankStart[r] + config_.nLocal[r];
     for (int e = 0; e < config_.nExperts; e++) {
       const ExpertHome& home = config_.home[e];
-      position[e] = rankStart[home.rank] + home.local;
-      rankOf[position[e]] = home.rank;
+      const int position = rankStart[home.rank] + home.local;
+      rankOf[position] = home.rank;
+      homes[e] = static_cast<uint32_t>(position) | static_cast<uint32_t>(home.rank) << 16;
     }
     const size_t windowBytes = windowTableBytes(moe_.nRanks);
     const size_t expertBytes = expertTableBytes(config_.nExperts);
     MOECHECK(tables_.alloc(tableBytes(config_, moe_.nRanks)));
     char* at = tables_.get();
     dWindows_ = reinterpret_cast<char**>(at);
-    dPosition_ = reinterpret_cast<int*>(at + windowBytes);
-    dRankOf_ = reinterpret_cast<int*>(at + windowBytes + expertBytes);
-    dHomes_ = reinterpret_cast<uint32_t*>(at + windowBytes + 2 * expertBytes);
-    shared_ = reinterpret_cast<LatencyShared*>(at + windowBytes + 3 * expertBytes);
-    dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 3 * expertBytes + latencySharedBytes(config_.nExperts));
-    std::vector<uint32_t> homes(config_.nExperts);
-    for (int e = 0; e < config_.nExperts; e++) {
-      homes[e] = static_cast<uint32_t>(position[e]) | static_cast<uint32_t>(rankOf[position[e]]) << 16;
-    }
+    dRankOf_ = reinterpret_cast<int*>(at + windowBytes);
+    dHomes_ = reinterpret_cast<uint32_t*>(at + windowBytes + expertBytes);
+    shared_ = reinterpret_cast<LatencyShared*>(at + windowBytes + 2 * expertBytes);
+    dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 2 * expertBytes + latencySharedBytes(config_.nExperts));
     CUDACHECK(cudaMemcpy(dHomes_, homes.data(), sizeof(uint32_t) * homes.size(), cudaMemcpyHostToDevice));
     CUDACHECK(cudaMemset(shared_, 0, latencySharedBytes(config_.nExperts)));
-    CUDACHECK(cudaMemcpy(dPosition_, position.data(), sizeof(int) * position.size(), cudaMemcpyHostToDevice));
     CUDACHECK(cudaMemcpy(dRankOf_, rankOf.data(), sizeof(int) * rankOf.size(), cudaMemcpyHostToDevice));
     CUDACHECK(cudaMemcpy(dRankStart_, rankStart.data(), sizeof(int) * rankStart.size(), cudaMemcpyHostToDevice));
     return ncclSuccess;
@@ -547,7 +549,7 @@ class DeviceBackend : public Backend {
     MOECHECK(addWindow(state.bytes, true, &state.window));
     if (!latency) return ncclSuccess;
     state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome.get(),
-                                                     dHomes_, shared_);
+                                                     shared_);
     const ncclResult_t emptied = state.latency->empty(own_.get());
     MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
     return emptied;
@@ -641,7 +643,7 @@ class DeviceBackend : public Backend {
     v.layout = layout_;
     v.self = windows_[0]->self();
     v.windows = dWindows_;
-    v.expertPosition = dPosition_;
+    v.homes = dHomes_;
     v.positionRank = dRankOf_;
     v.rankStart = dRankStart_;
     v.failure = failure_.get();
@@ -816,13 +818,14 @@ class DeviceBackend : public Backend {
   const CommConfig& config_;
   std::unique_ptr<DeviceBootstrap> bootstrap_;
   int device_ = 0, smCount_ = 0, sharedBytes_ = 0;
+  bool overlaps_ = false; // the device can begin a kernel before the one that it follows has ended
   CommLayout layout_;
   CombineShapes combineShapes_;
   HostMapped<Failure> failure_;
   HostMapped<int> abortFlag_;
   DeviceMemory tables_;
   char** dWindows_ = nullptr;
-  int *dPosition_ = nullptr, *dRankOf_ = nullptr, *dRankStart_ = nullptr;
+  int *dRankOf_ = nullptr, *dRankStart_ = nullptr;
   uint32_t* dHomes_ = nullptr;
   LatencyShared* shared_ = nullptr;
   UniqueStream own_; // for copies and meetings, beside the caller's streams

@@ -12,21 +12,22 @@ namespace moe {
 
 class FlagQueue { // lies in shared memory
  public:
+  // Warps of the block that take part in the work: all but the last.
+  static __device__ __forceinline__ int nPosting() { return static_cast<int>(blockDim.x) / 32 - 1; }
   // By all threads of the block.  True for the warps that take part in the work; the last one serves the others first.
   __device__ __forceinline__ bool open(uint32_t epoch) {
-    const int nWarps = blockDim.x / 32;
     for (int i = threadIdx.x; i < kEntries; i += blockDim.x) entries_[i] = 0;
     if (threadIdx.x == 0) {
       tail_ = 0;
-      nPosting_ = nWarps - 1;
+      nPosting_ = nPosting();
     }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x / 32) < nWarps - 1) return true;
+    if (static_cast<int>(threadIdx.x / 32) < nPosting()) return true;
     serve(epoch);
     return false;
   }
-  // By a whole warp that takes part: each lane that has a flag posts it.
-  __device__ __forceinline__ void post(bool has, uint32_t* flag) {
+  // By a whole warp that takes part: each lane that has posts n <= 4 flags that lie in a row.
+  __device__ __forceinline__ void post(bool has, uint32_t* flags, int n) {
     const int lane = threadIdx.x & 31;
     const unsigned posting = __ballot_sync(~0u, has);
     __syncwarp(); // a ballot orders nothing
@@ -35,7 +36,8 @@ class FlagQueue { // lies in shared memory
     at = __shfl_sync(~0u, at, 0) + __popc(posting & ((1u << lane) - 1));
     if (!has) return;
     __threadfence_block();
-    while (atomicCAS(&entries_[at % kEntries], 0ull, reinterpret_cast<unsigned long long>(flag)) != 0ull) continue;
+    const unsigned long long entry = reinterpret_cast<unsigned long long>(flags) | static_cast<unsigned>(n - 1);
+    while (atomicCAS(&entries_[at % kEntries], 0ull, entry) != 0ull) continue;
   }
   // By a whole warp that took part, after its last post.
   __device__ __forceinline__ void leave() {
@@ -54,8 +56,8 @@ class FlagQueue { // lies in shared memory
       const bool last = __shfl_sync(~0u, lane == 0 ? atomicAdd(&nPosting_, 0) : 0, 0) == 0;
       __threadfence_block();
       unsigned long long* entry = &entries_[(head + lane) % kEntries];
-      const unsigned long long flag = atomicCAS(entry, 0ull, 0ull);
-      const unsigned there = __ballot_sync(~0u, flag != 0);
+      const unsigned long long posted = atomicCAS(entry, 0ull, 0ull);
+      const unsigned there = __ballot_sync(~0u, posted != 0);
       const uint32_t n = there == ~0u ? 32 : __ffs(~there) - 1;
       if (n == 0) {
         if (last) return;
@@ -64,7 +66,10 @@ class FlagQueue { // lies in shared memory
       }
       __threadfence_system();
       if (lane < n) {
-        asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory");
+        uint32_t* flags = reinterpret_cast<uint32_t*>(posted & ~3ull);
+        for (int i = 0; i <= static_cast<int>(posted & 3); i++) {
+          asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flags + i), "r"(epoch) : "memory");
+        }
         atomicExch(entry, 0ull);
       }
       __syncwarp();
@@ -72,7 +77,7 @@ class FlagQueue { // lies in shared memory
     }
   }
 
-  unsigned long long entries_[kEntries]; // addresses of flags, 0: free
+  unsigned long long entries_[kEntries]; // address of the first flag + number of further ones; 0: free
   uint32_t tail_;                        // entries taken
   int nPosting_;                         // warps that may still post
 };

@@ -17,7 +17,7 @@ struct CommView {
   CommLayout layout;
   char* self;                // this rank's communicator window
   char* const* windows;      // [kMaxWindows][nRanks] base of every window at every rank; window 0 is the communicator's
-  const int* expertPosition; // [nExperts] expert id -> position in the order (rank, local expert)
+  const uint32_t* homes;     // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
   const int* positionRank;   // [nExperts] rank of a position
   const int* rankStart;      // [nRanks+1] first position of a rank
   Failure* failure;          // host memory
@@ -127,15 +127,25 @@ cudaError_t preparePush();
 cudaError_t prepareCombine(size_t sharedBytes, CombineShapes* shapes);
 
 // Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.
+// overlap: the kernel begins with awaitKernelBefore, so its blocks may come while the kernel before it in the stream still runs.
 template <class Args>
 cudaError_t launchKernel(void (*kernel)(Args), int nBlocks, int nThreads, size_t sharedBytes, cudaStream_t stream,
-                         const Args& args) {
+                         const Args& args, bool overlap = false) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(nBlocks), dim3(nThreads), pointers, sharedBytes,
-                          stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(nBlocks);
+  config.blockDim = dim3(nThreads);
+  config.dynamicSmemBytes = sharedBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }
 cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream);
-cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream);
+cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream, bool overlap);
 cudaError_t launchCombine(const CombineArgs& args, const CombineShapes& shapes, int numSms, cudaStream_t stream);
 
 } // namespace moe

@@ -65,21 +65,6 @@ __device__ __forceinline__ void addTicket(unsigned long long* tickets) {
 
 // ----------------------------------------------------------------------------------------------------- packets ----
 
-__device__ __forceinline__ void storePacket(uint4* to, const uint4& v) {
-  const unsigned long long lo = static_cast<unsigned long long>(v.y) << 32 | v.x;
-  const unsigned long long hi = static_cast<unsigned long long>(v.w) << 32 | v.z;
-  asm volatile("{ .reg .b128 p; mov.b128 p, {%1, %2}; st.relaxed.sys.global.b128 [%0], p; }" ::"l"(to), "l"(lo), "l"(hi)
-               : "memory");
-}
-__device__ __forceinline__ uint4 loadPacket(const uint4* from) {
-  unsigned long long lo, hi;
-  asm volatile("{ .reg .b128 p; ld.relaxed.sys.global.b128 p, [%2]; mov.b128 {%0, %1}, p; }"
-               : "=l"(lo), "=l"(hi)
-               : "l"(from)
-               : "memory");
-  return make_uint4(static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32), static_cast<uint32_t>(hi),
-                    static_cast<uint32_t>(hi >> 32));
-}
 constexpr uint32_t kEmptyWord = kEmptyByte * 0x01010101u;
 __device__ __forceinline__ bool isEmpty(const uint4& v) {
   return v.x == kEmptyWord && v.y == kEmptyWord && v.z == kEmptyWord && v.w == kEmptyWord;
@@ -88,11 +73,6 @@ __device__ __forceinline__ uint4 emptyPacket() { return make_uint4(kEmptyWord, k
 
 __device__ __forceinline__ uint4* packets(char* window, size_t offset) {
   return reinterpret_cast<uint4*>(window + offset);
-}
-
-// Component i of a packet.
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
 // Eight picks of 12 bits in three words; the fourth is the tag.

@@ -11,7 +11,6 @@ struct LatencyView {
   CommView comm;
   LatencyLayout layout;
   char* peers[kMaxDeviceRanks]; // the routing's window at every rank
-  const uint32_t* homes;        // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
   int nLocal, firstPosition;    // this rank's experts
   int kind;                     // ncclMoeLayout_t
   int alignment;

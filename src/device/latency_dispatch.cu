@@ -128,7 +128,7 @@ __device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call&
   }
   const bool bad = expert < -1 || expert >= v.comm.nExperts;
   if (!bad && expert >= 0) {
-    const uint32_t packed = v.homes[expert];
+    const uint32_t packed = v.comm.homes[expert];
     home = Home{static_cast<int>(packed & 0xffff), static_cast<int>(packed >> 16)};
   }
   const unsigned same = __match_any_sync(~0u, home.position >= 0 ? home.position : -1 - lane);

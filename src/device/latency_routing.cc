@@ -40,13 +40,11 @@ ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens,
 }
 
 LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
-                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, const uint32_t* homes,
-                               LatencyShared* shared)
+                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, LatencyShared* shared)
   : maxScaleBytes_(scaleRoom(config.maxRowBytes)) {
   view_.comm = comm;
   view_.layout = latencyLayout(config, comm.nRanks, routing.maxTokens, routing.topK);
   for (int r = 0; r < comm.nRanks; r++) view_.peers[r] = window.bases()[r];
-  view_.homes = homes;
   view_.nLocal = config.nLocal[comm.rank];
   for (int r = 0; r < comm.rank; r++) view_.firstPosition += config.nLocal[r];
   view_.kind = routing.layout;

@@ -2,10 +2,11 @@
 //
 // A rank's communicator window (peers write into it):
 //   Control           counters and sticky failure of this rank; only its own kernels use it
-//   mailbox[2][R]     what each rank says at the start of a call, by parity of the epoch: Message, then nExperts + R
-//   counts ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
+//   mailbox[2][R]     what each rank says at the start of a dispatch, by parity of the epoch: packets of 16 bytes whose last word is
+//                     the epoch.  Two of the rank's receive buffer (route.cu), then its nExperts + R counts, three in a packet
+//   ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
 //   meeting[R]        how far rank r is in ncclMoeCommMaskRanks
-//   rowFlags[R][T]    epoch in which row i of source rank r arrived
+//   rowFlags[R][T][4] epoch in which each piece of row i of source rank r arrived (RowPieces)
 //   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them; an EXACT combine's weights
 //   grads[R][T][K]    weight gradients of arriving rows (combine)
 //   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums.  An EXACT
@@ -81,15 +82,23 @@ struct Control {
 // for mailboxes go by parity.
 MOE_HD uint32_t nextEpoch(uint32_t epoch) { return epoch == UINT32_MAX ? 2 : epoch + 1; }
 
-// What a rank tells every other one at the start of a dispatch.  flag is stored last, with release: epoch << 32 |
-// signature.
-struct Message {
-  unsigned long long flag;
-  long long capacity;   // rows of its recvX
-  long long recvOffset; // of its recvX in the window; -1: peers put rows into the communicator window instead
-  int recvWindow;
-  int pad;
+// Rows are sent, and their arrival is told, in up to kMaxPieces pieces of nVec vectors of 16 bytes; the last may be shorter.
+// Pieces begin at multiples of 32 vectors, so that a warp's accesses stay aligned and blocks of scales whole.
+constexpr int kMaxPieces = 4;
+struct RowPieces {
+  int n, nVec;
+  RowPieces() = default;
+  MOE_HD explicit RowPieces(int vectorsOfRow) {
+    constexpr int kLeast = 64; // vectors of a piece: a flag and the handling of an item should not cost more than they bring
+    n = vectorsOfRow / kLeast;
+    n = n < 1 ? 1 : n > kMaxPieces ? kMaxPieces : n;
+    nVec = (vectorsOfRow + n * 32 - 1) / (n * 32) * 32;
+  }
 };
+
+constexpr int kMessageHeaders = 2;   // packets
+constexpr int kCountsPerPacket = 3;
+MOE_HD int countPackets(int nColumns) { return (nColumns + kCountsPerPacket - 1) / kCountsPerPacket; }
 
 // One selection of a token: position of its expert in the order (rank, local expert), -1 for none, the expert's rank, and
 // how many earlier tokens of the chunk chose that expert, and that rank.
@@ -118,11 +127,11 @@ struct CommLayout {
       scaleStride(align128(scaleRoom(maxRowBytes))) {
     const size_t slots = static_cast<size_t>(ranks) * tokens;
     mailbox = align128(sizeof(Control));
-    mailboxStride = align128(sizeof(Message) + sizeof(int) * (static_cast<size_t>(experts) + ranks));
+    mailboxStride = align128(16 * static_cast<size_t>(kMessageHeaders + countPackets(experts + ranks)));
     ready = mailbox + 2 * ranks * mailboxStride;
     meeting = ready + align128(sizeof(unsigned long long) * ranks);
     rowFlags = meeting + align128(sizeof(unsigned long long) * ranks);
-    scales = rowFlags + align128(sizeof(uint32_t) * slots);
+    scales = rowFlags + align128(sizeof(uint32_t) * slots * kMaxPieces);
     grads = scales + slots * scaleStride;
     rows = grads + align128(sizeof(float) * slots * topK);
     nRows = slots - tokens;
@@ -131,6 +140,9 @@ struct CommLayout {
   }
   MOE_HD size_t mailboxOf(unsigned parity, int source) const {
     return mailbox + (static_cast<size_t>(parity) * nRanks + source) * mailboxStride;
+  }
+  MOE_HD size_t rowFlag(int source, int i, int piece) const {
+    return rowFlags + sizeof(uint32_t) * (slot(source, i) * kMaxPieces + piece);
   }
   MOE_HD size_t slot(int source, int i) const { return static_cast<size_t>(source) * maxTokens + i; }
   // Row i of source in the window of rank owner, which keeps none for itself.

@@ -56,6 +56,42 @@ __device__ __forceinline__ uint4 loadArrived(const uint4* ptr) {
   return v;
 }
 
+// Sixteen bytes that are seen as a whole: PTX makes accesses by a b128 instruction single-copy atomic.  So a packet that has a tag
+// among its words says by itself whether it is there, without a flag or a fence.
+__device__ __forceinline__ void storePacket(uint4* to, const uint4& v) {
+  const unsigned long long lo = static_cast<unsigned long long>(v.y) << 32 | v.x;
+  const unsigned long long hi = static_cast<unsigned long long>(v.w) << 32 | v.z;
+  asm volatile("{ .reg .b128 p; mov.b128 p, {%1, %2}; st.relaxed.sys.global.b128 [%0], p; }" ::"l"(to), "l"(lo), "l"(hi)
+               : "memory");
+}
+__device__ __forceinline__ uint4 loadPacket(const uint4* from) {
+  unsigned long long lo, hi;
+  asm volatile("{ .reg .b128 p; ld.relaxed.sys.global.b128 p, [%2]; mov.b128 {%0, %1}, p; }"
+               : "=l"(lo), "=l"(hi)
+               : "l"(from)
+               : "memory");
+  return make_uint4(static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32), static_cast<uint32_t>(hi),
+                    static_cast<uint32_t>(hi >> 32));
+}
+// Component i of a packet.
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// A kernel that was launched to overlap with the one before it in its stream (launchKernel) waits here until that one has ended
+// and its stores are visible.
+__device__ __forceinline__ void awaitKernelBefore() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on the blocks of such a kernel may take the SMs that this one does not need.
+__device__ __forceinline__ void admitKernelBehind() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ __forceinline__ Control* control(const CommView& c) { return reinterpret_cast<Control*>(c.self); }
 
 // Records the first failure and ends all waits of this rank.
@@ -107,10 +143,11 @@ __device__ __forceinline__ bool lastBlock(Control* ctl) {
 }
 
 // Items of a counter, one after the other, for a whole warp: taken ahead, so that the counter's latency passes meanwhile, but
-// for the last ones, which another warp may have time for.
+// for the last ones, which another warp may have time for.  The first is one of those that firstItems took for the block.
 class Items {
  public:
-  __device__ __forceinline__ explicit Items(uint32_t* counter) : counter_(counter) {}
+  __device__ __forceinline__ Items(uint32_t* counter, uint32_t first)
+    : counter_(counter), ahead_(first + threadIdx.x / 32) {}
   __device__ __forceinline__ uint32_t next(uint32_t nItems) {
     const uint32_t item = __shfl_sync(~0u, isAhead_ ? ahead_ : take(), 0);
     isAhead_ = item + gridDim.x * blockDim.x / 16 < nItems; // two for each warp
@@ -122,8 +159,48 @@ class Items {
   __device__ __forceinline__ uint32_t take() { return (threadIdx.x & 31) == 0 ? atomicAdd(counter_, 1u) : 0; }
 
   uint32_t* const counter_;
-  uint32_t ahead_ = 0; // lane 0 has it
-  bool isAhead_ = false;
+  uint32_t ahead_; // lane 0 has it
+  bool isAhead_ = true;
+};
+// An item for each of a block's warps, by one thread: were all warps of a grid to go to the counter at once, the last would wait for
+// microseconds.
+__device__ __forceinline__ uint32_t firstItems(uint32_t* counter, int nWarps) {
+  return atomicAdd(counter, static_cast<uint32_t>(nWarps));
+}
+
+// Which part of a row an item of work covers: pieces [piece, piece + nPieces), which are vectors [begin, end).
+struct Span {
+  int piece, nPieces, begin, end;
+};
+
+// Items of work on n rows by a grid.  The first rows are whole items.  The last ones, one for each warp, are divided into their pieces,
+// so that all warps end at about the same time; few rows are all divided.  It lies in shared memory, where it costs no registers.
+class RowWork {
+ public:
+  // By one thread.
+  __device__ __forceinline__ void plan(uint32_t nRows, int nVec, bool divide = true) {
+    pieces_ = RowPieces(nVec);
+    nVec_ = nVec;
+    nWhole_ = nRows - (divide ? min(nRows, gridDim.x * blockDim.x / 32) : 0);
+    nItems_ = nWhole_ + (nRows - nWhole_) * pieces_.n;
+  }
+  __device__ __forceinline__ uint32_t nItems() const { return nItems_; }
+  // The row of an item, and its part of that.
+  __device__ __forceinline__ uint32_t at(uint32_t item, Span* span) const {
+    if (item < nWhole_) {
+      *span = Span{0, pieces_.n, 0, nVec_};
+      return item;
+    }
+    const uint32_t row = (item - nWhole_) / pieces_.n;
+    const int piece = static_cast<int>(item - nWhole_ - row * pieces_.n);
+    *span = Span{piece, 1, piece * pieces_.nVec, min(nVec_, (piece + 1) * pieces_.nVec)};
+    return nWhole_ + row;
+  }
+
+ private:
+  RowPieces pieces_;
+  int nVec_;
+  uint32_t nWhole_, nItems_;
 };
 
 } // namespace moe

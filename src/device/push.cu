@@ -1,13 +1,14 @@
 // The push kernel: second half of a dispatch.  Every row crosses once per destination rank, straight to its final slot.
 //
 // Protocol.  The route kernel has exchanged counts, so every slot is known and every peer's memory may be written.
-// Warps take tokens from a counter.  For each destination rank a warp stores the row (into the first of its slots if
-// peers reach recvX, otherwise into the communicator window), the map, weights and scales, and then posts the row's flag,
-// the epoch, which leaves with release at system scope (flag_queue.cuh).  Between tokens a warp takes rows to deliver from a
-// second counter: it checks the row's flag (acquire) and, once that is the epoch, copies the row to its further slots and the
-// small tensors to the caller's. Warps block on a flag only when all tokens have been taken, and a warp that has taken
-// a token never blocks before it has pushed it: so one resident block per rank is enough to finish, whatever else
-// occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout and abort.
+// Warps take tokens, or pieces of their rows (RowWork), from a counter.  For each destination rank a warp stores the row (into the
+// first of its slots if peers reach recvX, otherwise into the communicator window), with the first piece the map, weights and the
+// caller's scales, and then posts the flags of the pieces, the epoch, which leave with release at system scope (flag_queue.cuh).
+// Between tokens a warp takes rows to deliver from a second counter: it checks the flags (acquire) and, once they are the epoch,
+// copies the row to its further slots and the small tensors to the caller's. Warps block on a flag only when all tokens have been
+// taken, and a warp that has taken a token never blocks before it has pushed it: so one resident block per rank is enough to
+// finish, whatever else occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout
+// and abort.  Blocks may come while the route kernel still runs; until that has ended they touch the counters of items only.
 #include "device/cast.cuh"
 #include "device/flag_queue.cuh"
 #include "device/token.cuh"
@@ -16,7 +17,7 @@ namespace moe {
 namespace {
 
 // As many as leave the registers that each needs.
-template <bool kCast> constexpr int kThreads = kCast ? 768 : 896;
+template <bool kCast> constexpr int kThreads = kCast ? 640 : 896;
 constexpr int kUnroll = 4;
 constexpr int kMaxDeliveriesPerPush = 4;
 
@@ -25,21 +26,20 @@ struct WarpScratch {
   char* scales[32]; // where its scales go
 };
 
-// Copies nVec 16-byte vectors from a row to nDst rows.
+// Copies a span of a row to nDst rows.
 template <bool kArrived>
-__device__ __forceinline__ void copyRow(const uint4* from, uint4* const* to, int nDst, int nVec) {
-  const int lane = threadIdx.x & 31;
-  for (int v = lane; v < nVec; v += 32 * kUnroll) {
+__device__ __forceinline__ void copyRow(const uint4* from, uint4* const* to, int nDst, const Span& span) {
+  for (int v = span.begin + (threadIdx.x & 31); v < span.end; v += 32 * kUnroll) {
     uint4 data[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      if (v + 32 * u < nVec) data[u] = kArrived ? loadArrived(from + v + 32 * u) : loadOnce(from + v + 32 * u);
+      if (v + 32 * u < span.end) data[u] = kArrived ? loadArrived(from + v + 32 * u) : loadOnce(from + v + 32 * u);
     }
     for (int d = 0; d < nDst; d++) {
       uint4* dst = to[d];
 #pragma unroll
       for (int u = 0; u < kUnroll; u++) {
-        if (v + 32 * u < nVec) storeVector(dst + v + 32 * u, data[u]);
+        if (v + 32 * u < span.end) storeVector(dst + v + 32 * u, data[u]);
       }
     }
   }
@@ -59,22 +59,26 @@ __device__ __forceinline__ void copyBytes(char* to, const char* from, int bytes)
 // BF16 to FP8 on the way to nDst rows; a block's scale goes to nScales places.  Eight lanes share a block of 128
 // elements.
 __device__ __forceinline__ void castRow(const PushArgs& a, const uint4* from, const WarpScratch& scratch, int nDst,
-                                        int nScales) {
+                                        int nScales, const Span& span) {
   const int lane = threadIdx.x & 31;
-  const int nGroups = a.hidden / 16;
-  for (int g0 = 0; g0 < nGroups; g0 += 32) {
+  uint4 next[2]; // loaded while the ones before are cast
+  const auto load = [&](int g) {
+    next[0] = next[1] = uint4{}; // what lies behind the end counts for no scale
+    if (g >= span.end) return;
+    next[0] = loadOnce(from + 2 * g);
+    next[1] = loadOnce(from + 2 * g + 1);
+  };
+  load(span.begin + lane);
+  for (int g0 = span.begin; g0 < span.end; g0 += 32) {
     const int g = g0 + lane;
-    const bool active = g < nGroups;
-    uint4 raw[2] = {};
-    if (active) {
-      raw[0] = loadOnce(from + 2 * g);
-      raw[1] = loadOnce(from + 2 * g + 1);
-    }
+    const bool active = g < span.end;
+    const uint4 raw[2] = {next[0], next[1]};
+    load(g + 32);
     float scale;
     const bool ue8m0 = a.quant == ncclMoeQuantFp8Ue8m0;
     const uint4 out = castSixteen(raw, ue8m0, &scale);
     if (active) {
-      for (int d = 0; d < nDst; d++) scratch.rows[d][g] = out;
+      for (int d = 0; d < nDst; d++) storeVector(scratch.rows[d] + g, out);
       if (g % 8 == 0) {
         for (int d = 0; d < nScales; d++) {
           if (ue8m0) {
@@ -86,7 +90,7 @@ __device__ __forceinline__ void castRow(const PushArgs& a, const uint4* from, co
       }
     }
   }
-  if (a.quant == ncclMoeQuantFp8Ue8m0) {
+  if (a.quant == ncclMoeQuantFp8Ue8m0 && span.end == a.hidden / 16) {
     const int nBlocks = (a.hidden + NCCL_MOE_SCALE_BLOCK - 1) / NCCL_MOE_SCALE_BLOCK;
     if (nBlocks + lane < a.scaleBytes) {
       for (int d = 0; d < nScales; d++) scratch.scales[d][nBlocks + lane] = 0;
@@ -94,10 +98,10 @@ __device__ __forceinline__ void castRow(const PushArgs& a, const uint4* from, co
   }
 }
 
-// Copies a row's scales from the communicator window to the caller's tensor.
-__device__ __forceinline__ void deliverScales(const PushArgs& a, const char* from, long long slot) {
+// Copies bytes [begin, end) of a row's scales from the communicator window to the caller's tensor.
+__device__ __forceinline__ void deliverScales(const PushArgs& a, const char* from, long long slot, int begin, int end) {
   if (!a.columnMajor) {
-    copyBytes(a.recvScales + slot * a.scaleBytes, from, a.scaleBytes);
+    copyBytes(a.recvScales + slot * a.scaleBytes + begin, from + begin, end - begin);
     return;
   }
   const int nWords = a.scaleBytes / 4;
@@ -106,14 +110,21 @@ __device__ __forceinline__ void deliverScales(const PushArgs& a, const char* fro
     to += slot / a.rows * a.rows * nWords;
     slot %= a.rows;
   }
-  for (int w = threadIdx.x & 31; w < nWords; w += 32)
+  for (int w = begin / 4 + (threadIdx.x & 31); w < end / 4; w += 32)
     to[w * a.rows + slot] = reinterpret_cast<const uint32_t*>(from)[w];
 }
 
-// What is left to do with a row that has arrived, or (own) that this rank has put into all of its slots itself.  Lane k has
+// Where the scales end that come with a row's vectors before v: the cast makes them piece by piece, the caller's come with the first.
+__device__ __forceinline__ int scalesUpTo(const PushArgs& a, int v) {
+  if (v == 0) return 0;
+  if (a.quant == ncclMoeQuantNone || v == a.wireBytes / 16) return a.scaleBytes;
+  return v / 8 * (a.quant == ncclMoeQuantFp8Ue8m0 ? 1 : 4);
+}
+
+// What is left to do with part of a row that has arrived, or (own) that this rank has put into all of its slots itself.  Lane k has
 // selection k's entry in the map and its weight.
 __device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch, int source, int row, int entry,
-                                        float weight) {
+                                        float weight, const Span& span) {
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
@@ -137,26 +148,30 @@ __device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch,
     const char* from = a.recvDirect ? a.recvX + static_cast<long long>(firstSlot) * a.wireBytes
                                     : c.self + c.layout.rowOf(c.rank, source, row);
     if (copies != 0) {
-      copyRow<true>(reinterpret_cast<const uint4*>(from), scratch.rows, __popc(copies), a.wireBytes / 16);
+      copyRow<true>(reinterpret_cast<const uint4*>(from), scratch.rows, __popc(copies), span);
     }
   }
-  if (rankMajor) {
+  if (span.piece != 0) {
+    // the small tensors came with the first piece
+  } else if (rankMajor) {
     const long long first = static_cast<long long>(slot) * k;
     if (a.recvTopkIdx != nullptr && lane < k) a.recvTopkIdx[first + lane] = entry;
     if (a.recvWeights != nullptr && lane < k) a.recvWeights[first + lane] = weight;
   } else if (a.recvWeights != nullptr && entry >= 0) {
     a.recvWeights[entry] = weight;
   }
-  if (a.scaleBytes > 0) {
+  const int firstScale = scalesUpTo(a, span.begin), endScale = scalesUpTo(a, span.end);
+  if (firstScale < endScale) {
     for (unsigned rest = targets; rest != 0; rest &= rest - 1) {
-      deliverScales(a, scales, __shfl_sync(~0u, slot, __ffs(rest) - 1));
+      deliverScales(a, scales, __shfl_sync(~0u, slot, __ffs(rest) - 1), firstScale, endScale);
     }
   }
   __syncwarp(); // scratch is free again
 }
 
 template <bool kCast>
-__device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratch, FlagQueue& flags, int t) {
+__device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratch, FlagQueue& flags, int t,
+                                          const Span& span) {
   const CommView& c = a.comm;
   const int lane = threadIdx.x & 31;
   const int k = a.routing.layout.topK;
@@ -184,11 +199,11 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   __syncwarp();
   const uint4* from = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(t) * a.rowBytes);
   if constexpr (kCast) {
-    castRow(a, from, scratch, __popc(rows), __popc(leaders));
+    castRow(a, from, scratch, __popc(rows), __popc(leaders), span);
   } else {
-    copyRow<false>(from, scratch.rows, __popc(rows), a.rowBytes / 16);
+    copyRow<false>(from, scratch.rows, __popc(rows), span);
   }
-  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+  for (unsigned rest = span.piece == 0 ? leaders : 0; rest != 0; rest &= rest - 1) {
     const int leader = __ffs(rest) - 1;
     const int rank = __shfl_sync(~0u, token.rank, leader);
     const int row = __shfl_sync(~0u, token.row, leader);
@@ -210,13 +225,13 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
   }
   uint32_t* flag = nullptr;
   if (token.leader && !own) {
-    flag = reinterpret_cast<uint32_t*>(c.peer(token.rank) + c.layout.rowFlags) + c.layout.slot(c.rank, token.row);
+    flag = reinterpret_cast<uint32_t*>(c.peer(token.rank) + c.layout.rowFlag(c.rank, token.row, span.piece));
   }
-  flags.post(flag != nullptr, flag);
+  flags.post(flag != nullptr, flag, span.nPieces);
   const unsigned ownLeader = __ballot_sync(~0u, token.leader && own);
   if (ownLeader != 0) {
     const int row = __shfl_sync(~0u, token.row, __ffs(ownLeader) - 1);
-    deliver(a, scratch, c.rank, row, own ? entry : -1, own ? weight : 0.0f);
+    deliver(a, scratch, c.rank, row, own ? entry : -1, own ? weight : 0.0f, span);
   }
   __syncwarp();
 }
@@ -225,9 +240,16 @@ template <bool kCast>
 __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_constant__ PushArgs a) {
   __shared__ WarpScratch scratches[kThreads<kCast> / 32];
   __shared__ FlagQueue posted;
+  __shared__ RowWork pushWork, recvWork;
+  __shared__ uint32_t firstPush, firstRecv;
   WarpScratch& scratch = scratches[threadIdx.x / 32];
   const CommView& c = a.comm;
   Control* ctl = control(c);
+  if (threadIdx.x == 0) {
+    firstPush = firstItems(&ctl->pushNext, FlagQueue::nPosting());
+    firstRecv = firstItems(&ctl->recvNext, FlagQueue::nPosting());
+  }
+  awaitKernelBefore();
   const RoutingLayout::State state = *a.routing.state();
   const RoutingLayout::PerRank* perRank = a.routing.perRank();
   const uint32_t epoch = ctl->epoch;
@@ -237,23 +259,34 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
   }
   // Items to receive: row n / (R-1) of the n % (R-1)th other rank, where it exists.
   const uint32_t nRecv = __reduce_max_sync(~0u, mostRows) * (c.nRanks - 1);
+  if (threadIdx.x == 0) {
+    pushWork.plan(static_cast<uint32_t>(state.nTokens), a.wireBytes / 16);
+    // Rows that stay where they arrived are little work.
+    recvWork.plan(nRecv, a.wireBytes / 16, !a.recvDirect || a.routing.kind != ncclMoeLayoutRankMajor);
+  }
   const bool working = posted.open(epoch);
   bool pushing = working && state.go != 0, receiving = pushing && nRecv > 0;
-  Items toPush(&ctl->pushNext), toReceive(&ctl->recvNext);
+  Items toPush(&ctl->pushNext, firstPush), toReceive(&ctl->recvNext, firstRecv);
   int source = -1, row = 0; // taken, but not yet delivered
+  Span span{};
   while (pushing || receiving) {
     if (pushing) {
-      const uint32_t t = toPush.next(state.nTokens);
-      pushing = t < static_cast<uint32_t>(state.nTokens);
-      if (pushing) pushToken<kCast>(a, scratch, posted, t);
+      const uint32_t item = toPush.next(pushWork.nItems());
+      pushing = item < pushWork.nItems();
+      if (pushing) {
+        Span part;
+        const uint32_t t = pushWork.at(item, &part);
+        pushToken<kCast>(a, scratch, posted, static_cast<int>(t), part);
+      }
     }
     for (int n = 0; receiving && (!pushing || n < kMaxDeliveriesPerPush); n++) {
       if (source < 0) {
-        const uint32_t item = toReceive.next(nRecv);
-        if (item >= nRecv) {
+        uint32_t item = toReceive.next(recvWork.nItems());
+        if (item >= recvWork.nItems()) {
           receiving = false;
           break;
         }
+        item = recvWork.at(item, &span);
         const int other = item % (c.nRanks - 1);
         source = other + (other >= c.rank ? 1 : 0);
         row = item / (c.nRanks - 1);
@@ -262,25 +295,26 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
           continue;
         }
       }
-      const uint32_t* flag = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlags) + c.layout.slot(source, row);
-      bool arrived = false;
-      if ((threadIdx.x & 31) == 0) {
+      const int lane = threadIdx.x & 31;
+      bool arrived = true;
+      if (lane < span.nPieces) {
+        const uint32_t* flag =
+          reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlag(source, row, span.piece + lane));
         arrived = pushing ? loadAcquire(flag) == epoch
                           : waitUntil(c, kPhaseDispatchRow, source, epoch, [&] { return loadAcquire(flag) == epoch; });
       }
-      arrived = __shfl_sync(~0u, arrived, 0);
-      __syncwarp(); // orders the other lanes' loads after the flag; a shuffle orders nothing
+      arrived = __all_sync(~0u, arrived);
+      __syncwarp(); // orders the other lanes' loads after the flags; a vote orders nothing
       if (!arrived) {
         receiving = pushing; // a wait that failed ends the kernel
         break;
       }
-      const int lane = threadIdx.x & 31;
       const size_t at = mapIndex(a.routing, source, row, lane);
       const bool selects = lane < a.routing.layout.topK;
       const int entry = selects ? __ldcg(a.routing.ints(a.routing.layout.map) + at) : -1;
       const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
       const float weight = selects && a.recvWeights != nullptr ? __ldcg(weights + at) : 0.0f;
-      deliver(a, scratch, source, row, entry, weight);
+      deliver(a, scratch, source, row, entry, weight, span);
       source = -1;
     }
   }
@@ -299,10 +333,10 @@ cudaError_t preparePush() {
   return result != cudaSuccess ? result : cudaFuncGetAttributes(&attributes, pushKernel<false>);
 }
 
-cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream) {
+cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream, bool overlap) {
   return args.quant != ncclMoeQuantNone
-           ? launchKernel<PushArgs>(pushKernel<true>, numSms, kThreads<true>, 0, stream, args)
-           : launchKernel<PushArgs>(pushKernel<false>, numSms, kThreads<false>, 0, stream, args);
+           ? launchKernel<PushArgs>(pushKernel<true>, numSms, kThreads<true>, 0, stream, args, overlap)
+           : launchKernel<PushArgs>(pushKernel<false>, numSms, kThreads<false>, 0, stream, args, overlap);
 }
 
 } // namespace moe

@@ -1,14 +1,15 @@
 // The route kernel: first half of a dispatch.  It counts this rank's rows per expert and per rank, tells every peer the
 // counts and where rows shall go, and works out every slot.
 //
-// Protocol.  Each block counts some chunks of tokens.  The last block to finish makes prefix sums over the chunks, stores
-// its Message and counts into mailbox[epoch parity][this rank] of every peer and then each Message's flag (release,
-// system scope). It waits for the flags of all peers (acquire; bounded by the communicator's timeout and abort) and
-// computes from their counts what the push kernel needs.  Only that one block waits, so a late peer costs one SM.
-//   A peer's message of epoch n says that the peer has begun call n, so that all of its earlier calls have ended: rows
-//   may
-// now be written into its memory.  The other parity may not: a peer that has sent epoch n+1 may do so while this rank
-// still reads epoch n.  Epoch n+2 cannot come before this rank has sent n+1, after it has read n.
+// Protocol.  Each block counts some chunks of tokens.  The last block to finish adds the chunks up and stores, into mailbox[epoch
+// parity][this rank] of every peer, packets that carry the epoch: where its rows shall go, and its counts.  While they travel it
+// makes prefix sums over the chunks.  Then it polls the packets of all peers themselves, with neither flags nor fences (bounded by
+// the communicator's timeout and abort), and computes from the counts what the push kernel needs.  Only that one block waits, so a
+// late peer costs one SM.
+//   A peer's packets of epoch n say that the peer has begun call n, so that all of its earlier calls have ended: rows may now be
+// written into its memory.  (Their loads are relaxed: this rests on the kernels' boundaries, at which a kernel's accesses to its own
+// memory have been performed, and on the boundary behind this kernel.)  The other parity may not: a peer that has sent epoch n+1
+// may do so while this rank still reads epoch n.  Epoch n+2 cannot come before this rank has sent n+1, after it has read n.
 #include <algorithm>
 
 #include "device/primitives.cuh"
@@ -16,10 +17,11 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kMaxTogether = 4; // chunks that a block counts at a time
 constexpr int kWords = kChunkTokens / 32;
-constexpr size_t kPlainShared = 48 * 1024; // that a block has anywhere
+constexpr size_t kStaticShared = 4096;                 // the kernel's own and the runtime's
+constexpr size_t kPlainShared = 48 * 1024 - kStaticShared; // that a block has anywhere for the rest
 
 __device__ __forceinline__ int bitsBelow(const uint32_t* words, int bit) {
   int n = 0;
@@ -45,7 +47,8 @@ __device__ void reportIndex(const RouteArgs& a, int code, int token, int positio
 
 // Counts chunks [chunk, chunk + nChunks) and notes each selection's place within its chunk.
 __device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTokens, uint32_t* bits) {
-  constexpr int kBatch = 4; // loads of a thread in flight
+  constexpr int kBatch = 2; // loads of a thread in flight
+  constexpr uint32_t kNoHome = ~0u;
   const CommView& c = a.comm;
   const RoutingLayout& layout = a.routing.layout;
   const int k = layout.topK;
@@ -58,7 +61,7 @@ __device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTok
     reinterpret_cast<Selection*>(a.routing.self + layout.selections) + static_cast<size_t>(first) * k;
   for (int s0 = threadIdx.x; s0 < n * k; s0 += kBatch * kThreads) {
     long long experts[kBatch];
-    int positions[kBatch];
+    uint32_t homes[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       const int s = s0 + b * kThreads;
@@ -70,22 +73,23 @@ __device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTok
     }
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
-      positions[b] = experts[b] >= 0 && experts[b] < c.nExperts ? c.expertPosition[experts[b]] : -1;
+      homes[b] = experts[b] >= 0 && experts[b] < c.nExperts ? c.homes[experts[b]] : kNoHome;
     }
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       const int s = s0 + b * kThreads;
       if (s >= n * k) break;
       const int token = s / k;
-      int position = positions[b], rank = -1;
-      if (position >= 0) {
+      int position = -1, rank = -1;
+      if (homes[b] != kNoHome) {
+        position = static_cast<int>(homes[b] & 0xffff);
         uint32_t* ofChunk = bits + token / kChunkTokens * chunkWords + token % kChunkTokens / 32;
         const uint32_t bit = 1u << (token % 32);
         if ((atomicOr(&ofChunk[position * kWords], bit) & bit) != 0) {
           reportIndex(a, kOutcomeIndexRepeated, first + token, s % k, experts[b]);
           position = -1;
         } else {
-          rank = c.positionRank[position];
+          rank = static_cast<int>(homes[b] >> 16);
           atomicOr(&ofChunk[(c.nExperts + rank) * kWords], bit);
         }
       } else if (experts[b] != -1) {
@@ -112,125 +116,186 @@ __device__ void countChunks(const RouteArgs& a, int chunk, int nChunks, int nTok
   }
 }
 
-// Turns the chunks' counts into exclusive prefix sums; the totals become row nChunks.  Threads share a column's chunks in equal
-// segments: each adds up its own first and then starts from what came before.
-__device__ void scanChunks(const RouteArgs& a, int nChunks, int* sums) {
-  constexpr int kBatch = 16; // loads of a thread in flight
+// What the last block keeps in shared memory.
+struct Scratch {
+  int nSegments;  // threads share a column's chunks in so many segments
+  int perSegment; // chunks
+  int* sums;      // [nSegments][nColumns], later [nExperts]: rows of each expert
+  int* totals;    // [nColumns] of this rank
+  int* toRank;    // [R][R]: rows from one rank to another
+
+  __device__ __forceinline__ Scratch(uint32_t* shared, int nColumns, int nChunks)
+    : nSegments(max(1, min(kThreads / nColumns, kWords - 1))), perSegment((nChunks + nSegments - 1) / nSegments),
+      sums(reinterpret_cast<int*>(shared)), totals(sums + (kWords - 1) * nColumns), toRank(totals + nColumns) {}
+};
+constexpr int kChunksAtATime = 16; // loads of a thread in flight
+
+// Adds up the chunks' counts.
+__device__ void addChunks(const RouteArgs& a, int nChunks, const Scratch& s) {
+  const int nColumns = a.routing.layout.nColumns;
+  const int* counts = a.routing.ints(a.routing.layout.chunkBase);
+  for (int item = threadIdx.x; item < nColumns * s.nSegments; item += kThreads) {
+    const int col = item % nColumns, begin = item / nColumns * s.perSegment, end = min(nChunks, begin + s.perSegment);
+    int sum = 0;
+    for (int chunk = begin; chunk < end; chunk += kChunksAtATime) {
+#pragma unroll
+      for (int b = 0; b < kChunksAtATime; b++) {
+        sum += chunk + b < end ? __ldcg(&counts[static_cast<size_t>(chunk + b) * nColumns + col]) : 0;
+      }
+    }
+    s.sums[item] = sum;
+  }
+  __syncthreads();
+  for (int col = threadIdx.x; col < nColumns; col += kThreads) {
+    int total = 0;
+    for (int segment = 0; segment < s.nSegments; segment++) total += s.sums[segment * nColumns + col];
+    s.totals[col] = total;
+  }
+  __syncthreads();
+}
+
+// Turns the chunks' counts into exclusive prefix sums.
+__device__ void scanChunks(const RouteArgs& a, int nChunks, const Scratch& s) {
   const int nColumns = a.routing.layout.nColumns;
   int* counts = a.routing.ints(a.routing.layout.chunkBase);
-  int* totals = counts + static_cast<size_t>(a.routing.layout.nChunks) * nColumns;
-  const int nSegments = max(1, min(kThreads / nColumns, kWords));
-  const int perSegment = (nChunks + nSegments - 1) / nSegments;
-  for (int pass = nSegments == 1 ? 1 : 0; pass < 2; pass++) {
-    for (int item = threadIdx.x; item < nColumns * nSegments; item += kThreads) {
-      const int col = item % nColumns, segment = item / nColumns;
-      const int begin = segment * perSegment, end = min(nChunks, begin + perSegment);
-      int sum = 0;
-      if (pass == 1) {
-        for (int before = 0; before < segment; before++) sum += sums[before * nColumns + col];
-      }
-      for (int chunk = begin; chunk < end; chunk += kBatch) {
-        int batch[kBatch];
+  for (int item = threadIdx.x; item < nColumns * s.nSegments; item += kThreads) {
+    const int col = item % nColumns, begin = item / nColumns * s.perSegment, end = min(nChunks, begin + s.perSegment);
+    int sum = 0;
+    for (int before = col; before < item; before += nColumns) sum += s.sums[before];
+    for (int chunk = begin; chunk < end; chunk += kChunksAtATime) {
+      int batch[kChunksAtATime];
 #pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-          batch[b] = chunk + b < end ? __ldcg(&counts[static_cast<size_t>(chunk + b) * nColumns + col]) : 0;
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-          if (pass == 1 && chunk + b < end) counts[static_cast<size_t>(chunk + b) * nColumns + col] = sum;
-          sum += batch[b];
-        }
+      for (int b = 0; b < kChunksAtATime; b++) {
+        batch[b] = chunk + b < end ? __ldcg(&counts[static_cast<size_t>(chunk + b) * nColumns + col]) : 0;
       }
-      if (pass == 0) sums[segment * nColumns + col] = sum;
-      if (pass == 1 && segment == nSegments - 1) totals[col] = sum;
+#pragma unroll
+      for (int b = 0; b < kChunksAtATime; b++) {
+        if (chunk + b < end) counts[static_cast<size_t>(chunk + b) * nColumns + col] = sum;
+        sum += batch[b];
+      }
     }
-    __syncthreads();
   }
 }
 
-__device__ bool exchange(const RouteArgs& a, uint32_t epoch) {
+__device__ __forceinline__ uint4* packetOf(char* window, const RouteArgs& a, uint32_t epoch, int source, int i) {
+  return reinterpret_cast<uint4*>(window + a.comm.layout.mailboxOf(epoch & 1, source)) + i;
+}
+
+// Tells every rank where its rows shall go here, and how many come from here.
+__device__ void sendMessage(const RouteArgs& a, uint32_t epoch, char* const* peers, const Scratch& s) {
   const CommView& c = a.comm;
   const int nColumns = a.routing.layout.nColumns;
-  const int* totals =
-    a.routing.ints(a.routing.layout.chunkBase) + static_cast<size_t>(a.routing.layout.nChunks) * nColumns;
-  const size_t mine = c.layout.mailboxOf(epoch & 1, c.rank);
-  for (int r = 0; r < c.nRanks; r++) {
-    char* box = c.peer(r) + mine;
-    int* counts = reinterpret_cast<int*>(box + sizeof(Message));
-    if (!a.keep) {
-      for (int col = threadIdx.x; col < nColumns; col += kThreads) counts[col] = totals[col];
+  const int nPackets = kMessageHeaders + (a.keep ? 0 : countPackets(nColumns));
+  for (int i = threadIdx.x; i < nPackets; i += kThreads) {
+    uint4 packet;
+    if (i < kMessageHeaders) {
+      const unsigned long long value = static_cast<unsigned long long>(i == 0 ? a.capacity : a.recvOffset);
+      packet = make_uint4(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32),
+                          i == 0 ? a.signature : static_cast<uint32_t>(a.recvWindow), epoch);
+    } else {
+      const int col = (i - kMessageHeaders) * kCountsPerPacket;
+      const auto count = [&](int n) { return n < nColumns ? static_cast<uint32_t>(s.totals[n]) : 0u; };
+      packet = make_uint4(count(col), count(col + 1), count(col + 2), epoch);
     }
-    if (threadIdx.x == 0) {
-      Message* m = reinterpret_cast<Message*>(box);
-      m->capacity = a.capacity;
-      m->recvWindow = a.recvWindow;
-      m->recvOffset = a.recvOffset;
+    for (int r = 0; r < c.nRanks; r++) storePacket(packetOf(peers[r], a, epoch, c.rank, i), packet);
+  }
+}
+
+// A packet of source's message.  False: a wait has failed.
+__device__ __forceinline__ bool awaitPacket(const RouteArgs& a, uint32_t epoch, int source, int i, uint4* packet) {
+  const uint4* at = packetOf(a.comm.self, a, epoch, source, i);
+  return waitUntil(a.comm, kPhaseExchange, source, epoch, [&] {
+    *packet = loadPacket(at);
+    return packet->w == epoch;
+  });
+}
+
+// The ranks' receive buffers.  By threads from the last one down, for the first ones wait for counts meanwhile.
+__device__ bool receiveHeaders(const RouteArgs& a, uint32_t epoch, long long* capacity) {
+  const CommView& c = a.comm;
+  RoutingLayout::PerRank* perRank = a.routing.perRank();
+  const int i = kThreads - 1 - static_cast<int>(threadIdx.x), r = i / kMessageHeaders;
+  if (r >= c.nRanks) return true;
+  uint4 packet;
+  if (!awaitPacket(a, epoch, r, i % kMessageHeaders, &packet)) return false;
+  const long long value = static_cast<long long>(static_cast<unsigned long long>(packet.y) << 32 | packet.x);
+  if (i % kMessageHeaders == 0) {
+    capacity[r] = value;
+    if (packet.z == a.signature) return true;
+    recordFailure(c, kFailMismatch, kPhaseExchange, r, epoch, packet.z);
+    return false;
+  }
+  const int window = static_cast<int>(packet.z);
+  perRank[r].recvX = window < 0 ? nullptr : c.windows[window * c.nRanks + r] + value;
+  return true;
+}
+
+// Everybody's counts: what comes before this rank's rows of each expert, and the sums.
+__device__ bool receiveCounts(const RouteArgs& a, uint32_t epoch, const Scratch& s) {
+  constexpr int kAtATime = 4; // packets of a thread in flight
+  const CommView& c = a.comm;
+  const int nColumns = a.routing.layout.nColumns;
+  int* expertBase = a.routing.ints(a.routing.layout.expertBase);
+  for (int i = threadIdx.x; i < countPackets(nColumns); i += kThreads) {
+    int before[kCountsPerPacket] = {}, total[kCountsPerPacket] = {};
+    for (int s0 = 0; s0 < c.nRanks; s0 += kAtATime) {
+      uint4 packets[kAtATime] = {};
+#pragma unroll
+      for (int n = 0; n < kAtATime; n++) {
+        if (s0 + n < c.nRanks) packets[n] = loadPacket(packetOf(c.self, a, epoch, s0 + n, kMessageHeaders + i));
+      }
+#pragma unroll
+      for (int n = 0; n < kAtATime; n++) {
+        const int source = s0 + n;
+        if (source >= c.nRanks) continue;
+        if (packets[n].w != epoch && !awaitPacket(a, epoch, source, kMessageHeaders + i, &packets[n])) return false;
+#pragma unroll
+        for (int j = 0; j < kCountsPerPacket; j++) {
+          const int count = static_cast<int>(word(packets[n], j)), rank = i * kCountsPerPacket + j - c.nExperts;
+          before[j] += source < c.rank ? count : 0;
+          total[j] += count;
+          if (rank >= 0 && rank < c.nRanks) s.toRank[source * c.nRanks + rank] = count;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kCountsPerPacket; j++) {
+      const int p = i * kCountsPerPacket + j;
+      if (p >= c.nExperts) continue;
+      expertBase[p] = before[j];
+      s.sums[p] = total[j];
     }
   }
-  __syncthreads(); // cumulative: the flags below release all threads' stores
-  bool ok = true;
-  if (threadIdx.x < c.nRanks) {
-    const int r = threadIdx.x;
-    const unsigned long long flag = static_cast<unsigned long long>(epoch) << 32 | a.signature;
-    storeRelease(&reinterpret_cast<Message*>(c.peer(r) + mine)->flag, flag);
-    const Message* theirs = reinterpret_cast<const Message*>(c.self + c.layout.mailboxOf(epoch & 1, r));
-    unsigned long long seen = 0;
-    ok = waitUntil(c, kPhaseExchange, r, epoch, [&] {
-      seen = loadAcquire(&theirs->flag);
-      return seen >> 32 == epoch;
-    });
-    if (ok && seen != flag) {
-      recordFailure(c, kFailMismatch, kPhaseExchange, r, epoch, static_cast<uint32_t>(seen));
-      ok = false;
-    }
-  }
-  return __syncthreads_and(ok) != 0;
+  return true;
 }
 
 // From everybody's counts: slots, receive counts, group offsets.
-__device__ void solve(const RouteArgs& a, uint32_t epoch, int* scratch) {
+__device__ void solve(const RouteArgs& a, const Scratch& s) {
   const CommView& c = a.comm;
   const RoutingView& routing = a.routing;
   const int lane = threadIdx.x % 32;
-  const auto countsOf = [&](int source) {
-    return reinterpret_cast<const int*>(c.self + c.layout.mailboxOf(epoch & 1, source) + sizeof(Message));
-  };
   int* expertBase = routing.ints(routing.layout.expertBase);
   int* expertTotal = routing.ints(routing.layout.expertTotal);
   int* expertOffset = routing.ints(routing.layout.expertOffset);
-  for (int p = threadIdx.x; p < c.nExperts; p += kThreads) {
-    int before = 0, total = 0;
-#pragma unroll 4
-    for (int s = 0; s < c.nRanks; s++) {
-      const int n = __ldcg(&countsOf(s)[p]);
-      before += s < c.rank ? n : 0;
-      total += n;
-    }
-    expertBase[p] = before;
-    scratch[p] = total;
-  }
   RoutingLayout::PerRank* perRank = routing.perRank();
   if (threadIdx.x < c.nRanks) {
     const int r = threadIdx.x;
     int sendBase = 0, recvBase = 0, needed = 0;
-#pragma unroll 4
-    for (int s = 0; s < c.nRanks; s++) {
-      const int toR = __ldcg(&countsOf(s)[c.nExperts + r]);
-      sendBase += s < c.rank ? toR : 0;
+    for (int source = 0; source < c.nRanks; source++) {
+      const int toR = s.toRank[source * c.nRanks + r];
+      sendBase += source < c.rank ? toR : 0;
       needed += toR;
-      recvBase += s < r ? __ldcg(&countsOf(s)[c.nExperts + c.rank]) : 0;
+      recvBase += source < r ? s.toRank[source * c.nRanks + c.rank] : 0;
     }
-    perRank[r].sendRows = __ldcg(&countsOf(c.rank)[c.nExperts + r]);
-    perRank[r].recvRows = __ldcg(&countsOf(r)[c.nExperts + c.rank]);
+    perRank[r].sendRows = s.toRank[c.rank * c.nRanks + r];
+    perRank[r].recvRows = s.toRank[r * c.nRanks + c.rank];
     perRank[r].sendBase = sendBase;
     perRank[r].recvBase = recvBase;
     if (routing.kind == ncclMoeLayoutRankMajor) perRank[r].needed = needed;
   }
-  __syncthreads();
+  const int firstOwn = c.rankStart[c.rank], endOwn = c.rankStart[c.rank + 1];
   if (routing.kind == ncclMoeLayoutRankMajor) {
-    for (int p = c.rankStart[c.rank] + threadIdx.x; p < c.rankStart[c.rank + 1]; p += kThreads) {
-      expertTotal[p - c.rankStart[c.rank]] = scratch[p];
-    }
+    for (int p = firstOwn + static_cast<int>(threadIdx.x); p < endOwn; p += kThreads) expertTotal[p - firstOwn] = s.sums[p];
     return;
   }
   // One warp a rank: groups start one after the other, rounded up to the alignment, or each at its plane.
@@ -240,7 +305,7 @@ __device__ void solve(const RouteArgs& a, uint32_t epoch, int* scratch) {
     long long start = 0;
     for (int p0 = begin; p0 < end; p0 += 32) {
       const int p = p0 + lane;
-      const int total = p < end ? scratch[p] : 0;
+      const int total = p < end ? s.sums[p] : 0;
       int size = (total + routing.alignment - 1) / routing.alignment * routing.alignment;
       int sum = size;
 #pragma unroll
@@ -266,20 +331,13 @@ __device__ void solve(const RouteArgs& a, uint32_t epoch, int* scratch) {
 }
 
 // Decides whether everybody's buffers hold, and tells the caller the counts.
-__device__ void conclude(const RouteArgs& a, uint32_t epoch) {
+__device__ void conclude(const RouteArgs& a, const long long* capacity) {
   const CommView& c = a.comm;
   const RoutingView& routing = a.routing;
-  RoutingLayout::PerRank* perRank = routing.perRank();
-  __syncthreads();
-  bool fits = true;
-  if (threadIdx.x < c.nRanks) {
-    const int r = threadIdx.x;
-    const Message* m = reinterpret_cast<const Message*>(c.self + c.layout.mailboxOf(epoch & 1, r));
-    const volatile Message* vm = m;
-    const int window = vm->recvWindow;
-    perRank[r].recvX = window < 0 ? nullptr : c.windows[window * c.nRanks + r] + vm->recvOffset;
-    fits = routing.kind == ncclMoeLayoutExpertPadded || perRank[r].needed <= vm->capacity;
-  }
+  const RoutingLayout::PerRank* perRank = routing.perRank();
+  const int r = threadIdx.x;
+  const bool fits =
+    r >= c.nRanks || routing.kind == ncclMoeLayoutExpertPadded || perRank[r].needed <= capacity[r];
   const int nLocal = c.rankStart[c.rank + 1] - c.rankStart[c.rank];
   const int* expertTotal = routing.ints(routing.layout.expertTotal);
   const int* expertOffset = routing.ints(routing.layout.expertOffset);
@@ -293,7 +351,7 @@ __device__ void conclude(const RouteArgs& a, uint32_t epoch) {
   }
   const bool go = __syncthreads_and(fits) != 0;
   if (threadIdx.x != 0) return;
-  long long nRows = perRank[c.rank].needed;
+  const long long nRows = perRank[c.rank].needed;
   if (a.recvCount != nullptr) *a.recvCount = static_cast<int>(nRows);
   routing.state()->go = go ? 1 : 0;
   volatile RoutingOutcome* o = routing.outcome;
@@ -302,22 +360,23 @@ __device__ void conclude(const RouteArgs& a, uint32_t epoch) {
     if (routing.state()->badIndex == 0) o->code = kOutcomeOk;
     return;
   }
-  for (int r = 0; r < c.nRanks; r++) {
-    const volatile Message* m = reinterpret_cast<const volatile Message*>(c.self + c.layout.mailboxOf(epoch & 1, r));
-    if (perRank[r].needed <= m->capacity) continue;
-    o->rank = r;
-    o->needed = perRank[r].needed;
-    o->capacity = m->capacity;
-    break;
-  }
+  int full = 0;
+  while (perRank[full].needed <= capacity[full]) full++;
+  o->rank = full;
+  o->needed = perRank[full].needed;
+  o->capacity = capacity[full];
   __threadfence_system();
   o->code = kOutcomeCapacity;
 }
 
 __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ RouteArgs a) {
   extern __shared__ uint32_t bits[];
-  Control* ctl = control(a.comm);
+  __shared__ char* peers[kMaxDeviceRanks];
+  __shared__ long long capacity[kMaxDeviceRanks];
+  const CommView& c = a.comm;
+  Control* ctl = control(c);
   RoutingLayout::State* state = a.routing.state();
+  if (threadIdx.x < c.nRanks) peers[threadIdx.x] = c.peer(threadIdx.x);
   int nTokens = a.nTokens;
   if (a.nTokensDev != nullptr) nTokens = max(0, min(nTokens, *a.nTokensDev));
   const int nChunks = (nTokens + kChunkTokens - 1) / kChunkTokens;
@@ -329,14 +388,25 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
   }
   if (!lastBlock(ctl)) return;
   const uint32_t epoch = nextEpoch(ctl->epoch);
+  const Scratch scratch(bits, a.routing.layout.nColumns, nChunks);
+  bool ok = ctl->failed == 0; // a rank that has failed says nothing more
+  if (!a.keep) addChunks(a, nChunks, scratch);
+  if (ok) sendMessage(a, epoch, peers, scratch);
   if (!a.keep) {
-    scanChunks(a, nChunks, reinterpret_cast<int*>(bits));
+    scanChunks(a, nChunks, scratch);
     if (threadIdx.x == 0) state->nTokens = nTokens;
+    __syncthreads(); // the sums are read
+    ok = ok && receiveCounts(a, epoch, scratch);
   }
-  const bool ok = ctl->failed == 0 && exchange(a, epoch);
+  ok = ok && receiveHeaders(a, epoch, capacity);
+  ok = __syncthreads_and(ok) != 0;
+  admitKernelBehind(); // not before: its blocks would wait on their SMs for a late peer
   if (ok) {
-    if (!a.keep) solve(a, epoch, reinterpret_cast<int*>(bits));
-    conclude(a, epoch);
+    if (!a.keep) {
+      solve(a, scratch);
+      __syncthreads();
+    }
+    conclude(a, capacity);
   } else if (threadIdx.x == 0) {
     state->go = 0;
   }
@@ -347,18 +417,20 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
   }
 }
 
-} // namespace
-
-namespace {
 size_t bitsOfChunk(const RoutingLayout& layout) { return sizeof(uint32_t) * kWords * layout.nColumns; }
+// What the last block needs fits where there are the bits of a chunk, but for the rows between ranks.
+size_t routeShared(const RoutingLayout& layout, int nTogether) {
+  return std::max(nTogether * bitsOfChunk(layout), bitsOfChunk(layout) + sizeof(int) * layout.nRanks * layout.nRanks);
+}
+
 } // namespace
 
 size_t routeSharedNeeded(int nRanks, int nExperts) {
-  return bitsOfChunk(RoutingLayout(nRanks, nExperts, 0, 1)) + 1024; // the runtime's own
+  return routeShared(RoutingLayout(nRanks, nExperts, 0, 1), 1) + kStaticShared;
 }
 
 cudaError_t prepareRoute(size_t sharedBytes) {
-  const size_t most = std::min(routeSharedNeeded(kMaxDeviceRanks, kMaxDeviceExperts), sharedBytes) - 1024;
+  const size_t most = std::min(routeSharedNeeded(kMaxDeviceRanks, kMaxDeviceExperts), sharedBytes) - kStaticShared;
   return cudaFuncSetAttribute(routeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
 }
 
@@ -368,7 +440,8 @@ cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream) {
   const int each = (nChunks + numSms - 1) / numSms;
   args.nTogether = std::max(1, std::min({each, kMaxTogether, static_cast<int>(kPlainShared / perChunk)}));
   const int nBlocks = std::max(1, std::min(numSms, (nChunks + args.nTogether - 1) / args.nTogether));
-  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, args.nTogether * perChunk, stream, args);
+  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, routeShared(args.routing.layout, args.nTogether), stream,
+                                 args);
 }
 
 } // namespace moe

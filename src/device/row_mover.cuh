@@ -28,35 +28,30 @@ class RowMover {
  public:
   __device__ __forceinline__ explicit RowMover(uint4* ring) : ring_(ring + (threadIdx.x & 31)) {}
 
-  // Begins to read a row.
-  __device__ __forceinline__ void start(const void* from, int bytes) {
+  // Begins to read nVec vectors.
+  __device__ __forceinline__ void start(const void* from, int nVec) {
     from_ = static_cast<const uint4*>(from);
-    nVec_ = bytes / 16;
+    nVec_ = nVec;
     at_ = threadIdx.x & 31;
 #pragma unroll 1
     for (int piece = 0; piece < kRingPieces; piece++) load(ring_ + piece * kPieceVectors * 32);
   }
-  // Writes it to nDst rows.
-  __device__ __forceinline__ void finish(uint4* const* to, int nDst) {
+  // Writes them.
+  __device__ __forceinline__ void finish(uint4* to) {
     uint4* piece = ring_;
     for (int v = threadIdx.x & 31; v < nVec_; v += 32 * kPieceVectors) {
       awaitCopies<kRingPieces - 1>();
       uint4 data[kPieceVectors];
 #pragma unroll
       for (int u = 0; u < kPieceVectors; u++) data[u] = piece[32 * u];
-      for (int d = 0; d < nDst; d++) {
-        uint4* dst = to[d];
 #pragma unroll
-        for (int u = 0; u < kPieceVectors; u++) {
-          if (v + 32 * u < nVec_) storeVector(dst + v + 32 * u, data[u]);
-        }
+      for (int u = 0; u < kPieceVectors; u++) {
+        if (v + 32 * u < nVec_) storeVector(to + v + 32 * u, data[u]);
       }
       load(piece);
       piece = piece == ring_ + (kRingPieces - 1) * kPieceVectors * 32 ? ring_ : piece + kPieceVectors * 32;
     }
   }
-  // Writes it nowhere.
-  __device__ __forceinline__ void drop() { awaitCopies<0>(); }
 
  private:
   // The row's next piece, if there is one.

@@ -41,7 +41,7 @@ World stepWorld(int nRanks, int maxTokens) {
   w.nExperts = 8 * nRanks;
   w.maxTokens = maxTokens;
   w.maxTopK = kStepTopK;
-  w.maxRowBytes = 4096;
+  w.maxRowBytes = 4224;
   w.expertToRank = blockPlacement(w.nExperts, nRanks);
   return w;
 }
