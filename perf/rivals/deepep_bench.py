@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Times DeepEP's dispatch and combine as moe_perf times ours, right after moe_perf in the same run, and prints both.
+"""Times DeepEP's dispatch and combine as moe_perf times ours, right before moe_perf in the same run, and prints both.
 
   perf/rivals/deepep_bench.py [-g GPUS] [--tokens 4096] [--hidden 7168] [--topk 8] [--experts 256] [--sms 24,64]
                               [--small 1,16,64,128] [--library v1,v2] [--moe-perf build/bin/moe_perf] [--json FILE]
 
-Needs PyTorch and the Python package deep_ep, installed as its own documentation says.  Of it are timed, unless --library
-names fewer: class Buffer (V1; its low-latency kernels too if it was built with NVSHMEM), which takes 2, 4 or 8 GPUs; class
-ElasticBuffer (V2), which wants the NCCL that it was built with, 2.30.4 or newer, in PyTorch too, and compiles its
-kernels at their first call.
+Needs PyTorch and the Python package deep_ep, installed as its own documentation says.  Of it are timed, unless
+--library names fewer: class Buffer (V1; its low-latency kernels too if it was built with NVSHMEM), for 2, 4 or 8 GPUs;
+class ElasticBuffer (V2), which wants the NCCL that it was built with, 2.30.4 or newer, in PyTorch too, and
+compiles its kernels at their first call.
 
 What is timed is all that a user waits for.  Dispatch: layout and dispatch, including the counts that DeepEP brings to
-the host; "no sync": with num_worst_tokens (V2: do_cpu_sync=False), where it does not; "cached": V2 with the handle of an
-earlier dispatch instead of the routing.  V2's epilogue kernels are part of its times.  Each iteration the caches are flushed and
-the ranks meet on the device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of many calls, the
-time of one.  The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
+the host; "no sync": with num_worst_tokens (V2: do_cpu_sync=False), where it does not; "cached": V2 with the handle of
+an earlier dispatch instead of the routing.  V2's epilogue kernels are part of its times.  Each iteration the caches are
+flushed and the ranks meet on the device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of
+many calls, the time of one.  The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
 
-Ours has the layout of the same name: V1's normal kernels and V2's have rank, V2's with do_expand expert (combine without
-weights), V1's low-latency kernels padded.
+Ours has the layout of the same name: V1's normal kernels and V2's have rank, V2's with do_expand expert (combine
+without weights), V1's low-latency kernels padded.
 """
 import argparse
 import json
@@ -75,7 +75,7 @@ class Rank:
                                 device_id=torch.device("cuda", self.rank))
         self.flush = torch.empty(1 << 27, dtype=torch.uint8, device="cuda")
         self.meeting = torch.zeros(1, device="cuda")
-        self.results = []
+        self.path, self.results = os.environ["MOE_RIVAL_RESULTS"], []
 
     def slowest(self, times):
         gathered = [None] * self.n
@@ -133,8 +133,12 @@ class Rank:
         return x, idx, weights
 
     def note(self, library, collective, kind, layout, tokens, sms, us):
-        self.results.append({"library": library, "collective": collective, "kind": kind, "layout": layout, "tokens": tokens,
-                             "sms": sms, "us": us, "graph": layout == "padded" or library.endswith("graph")})
+        graph = layout == "padded" or library.endswith("graph")
+        self.results.append({"library": library, "collective": collective, "kind": kind, "layout": layout,
+                             "tokens": tokens, "sms": sms, "us": us, "graph": graph})
+        if self.rank == 0:  # what there is so far, should a later call fail
+            with open(self.path, "w", encoding="utf-8") as f:
+                json.dump(self.results, f)
 
     def check(self, combined, x, copies):
         """combined must be each row of x as many times as it had copies."""
@@ -165,8 +169,9 @@ class Rank:
                     def dispatch(worst=0):
                         per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(idx, a.experts)
                         last["out"] = buffer.dispatch(rows, num_tokens_per_rank=per_rank, is_token_in_rank=is_in_rank,
-                                                      num_tokens_per_expert=per_expert, topk_idx=idx, topk_weights=weights,
-                                                      num_worst_tokens=worst, config=configs[sms][0])
+                                                      num_tokens_per_expert=per_expert, topk_idx=idx,
+                                                      topk_weights=weights, num_worst_tokens=worst,
+                                                      config=configs[sms][0])
 
                     us = self.time(lambda: dispatch(self.n * tokens))
                     self.note("V1", "dispatch", kind + ", no sync", "rank", tokens, sms, us)
@@ -199,8 +204,9 @@ class Rank:
 
     def elastic(self, deep_ep):
         a = self.args
-        buffer = deep_ep.ElasticBuffer(self.dist.group.WORLD, num_max_tokens_per_rank=max(a.tokens + a.small), hidden=a.hidden,
-                                       num_topk=a.topk, allow_hybrid_mode=False, explicitly_destroy=True)
+        buffer = deep_ep.ElasticBuffer(self.dist.group.WORLD, num_max_tokens_per_rank=max(a.tokens + a.small),
+                                       hidden=a.hidden, num_topk=a.topk, allow_hybrid_mode=False,
+                                       explicitly_destroy=True)
         runs = [(tokens, tokens, sms, False) for tokens in a.tokens for sms in a.sms]
         runs += [(tokens, max(a.small), max(a.sms), True) for tokens in a.small]
         for tokens, most, sms, graph in runs:
@@ -230,24 +236,19 @@ class Rank:
                 else:
                     received = dequantized(*received)
                 sent = x if kind == "bf16" else dequantized(*rows)
-                copies = self.ranks_of(idx) if layout == "rank" else self.torch.full((tokens,), float(a.topk), device="cuda")
-                self.check(combine(), sent, copies)
+                copies = self.ranks_of(idx)
+                self.check(combine(), sent, copies if layout == "rank" else self.torch.full_like(copies, a.topk))
         buffer.destroy()
 
-    def run(self, path):
+    def run(self):
         import deep_ep
-        try:
-            if "v2" in self.args.library and hasattr(deep_ep, "ElasticBuffer"):
-                self.elastic(deep_ep)
-            if "v1" in self.args.library and hasattr(deep_ep, "Buffer"):
-                if self.args.tokens:
-                    self.throughput(deep_ep)
-                if self.args.small and hasattr(deep_ep.Buffer, "low_latency_dispatch"):
-                    self.latency(deep_ep)
-        finally:
-            if self.rank == 0:
-                with open(path, "w", encoding="utf-8") as f:
-                    json.dump(self.results, f)
+        if "v2" in self.args.library and hasattr(deep_ep, "ElasticBuffer"):
+            self.elastic(deep_ep)
+        if "v1" in self.args.library and hasattr(deep_ep, "Buffer"):
+            if self.args.tokens:
+                self.throughput(deep_ep)
+            if self.args.small and hasattr(deep_ep.Buffer, "low_latency_dispatch"):
+                self.latency(deep_ep)
         self.dist.barrier()
         self.dist.destroy_process_group()
 
@@ -256,29 +257,37 @@ def ours(args, wanted):
     """{(kind, layout, graph, collective, tokens): µs} of moe_perf, with the library's choice of SMs."""
     kinds = {"bf16": [], "fp8": ["-d", "fp8"], "fp8 cast": ["--quant", "fp8"]}
     layouts = {"rank": [], "expert": ["--layout", "expert", "--weights", "outside"], "padded": ["--layout", "padded"]}
-    common = [args.moe_perf, "--device", "cuda", "-g", str(args.gpus), "--hidden", str(args.hidden), "--topk", str(args.topk),
-              "--experts", str(args.experts), "-n", str(ITERATIONS), "-w", str(WARMUP), "-c", "0"]
+    common = [args.moe_perf, "--device", "cuda", "-g", str(args.gpus), "--hidden", str(args.hidden),
+              "--topk", str(args.topk), "--experts", str(args.experts),
+              "-n", str(ITERATIONS), "-w", str(WARMUP), "-c", "0"]
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "ours.json")
         for kind, layout, graph in wanted:
             options = kinds[kind] + layouts[layout] + (["--graph", str(GRAPH_CALLS)] if graph else [])
-            for tokens in args.small if graph else args.tokens:
-                subprocess.run(common + options + ["-b", str(tokens), "--json", path], check=True, stdout=subprocess.DEVNULL)
+            sizes = args.small if graph else args.tokens
+            doubled = [min(sizes) << i for i in range(20)]
+            if all(n in doubled for n in sizes):  # one run will do
+                steps = [["-b", str(min(sizes)), "-e", str(max(sizes)), "-f", "2"]]
+            else:
+                steps = [["-b", str(n)] for n in sizes]
+            for size in steps:
+                subprocess.run(common + options + size + ["--json", path], check=True, stdout=subprocess.DEVNULL)
                 with open(path, encoding="utf-8") as f:
-                    result = json.load(f)["results"][0]
-                for collective in ("dispatch", "combine"):
-                    found[kind, layout, graph, collective, tokens] = result[collective]["time_us"]
+                    for result in json.load(f)["results"]:
+                        for collective in ("dispatch", "combine"):
+                            found[kind, layout, graph, collective, result["tokens"]] = result[collective]["time_us"]
     return found
 
 
 def main():
     args = parse()
     if args.rank >= 0:
-        Rank(args).run(os.environ["MOE_RIVAL_RESULTS"])
+        Rank(args).run()
         return 0
     if args.gpus == 0:
-        args.gpus = len(subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout.splitlines())
+        found = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout
+        args.gpus = len(found.splitlines())
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, MOE_RIVAL_RESULTS=os.path.join(folder, "rival.json"))
         env.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")  # one host: no network is needed, nor looked for
@@ -301,11 +310,12 @@ def main():
     mine = ours(args, sorted({alike(r) for r in theirs}))
     for r in theirs:
         r["ours_us"] = mine[(*alike(r), r["collective"], r["tokens"])]
-    print(f"{args.gpus} GPUs, hidden {args.hidden}, top-k {args.topk}, experts {args.experts}; µs; ratio: DeepEP over ours")
+    print(f"{args.gpus} GPUs, hidden {args.hidden}, top-k {args.topk}, experts {args.experts}; "
+          "µs; ratio: DeepEP over ours")
     print("| | library | rows | layout | tokens | SMs | DeepEP | ours | ratio |\n|---|---|---|---|---|---|---|---|---|")
     for r in theirs:
-        print(f"| {r['collective']} | {r['library']} | {r['kind']} | {r['layout']} | {r['tokens']} | {r['sms'] or 'all'} | "
-              f"{r['us']:.1f} | {r['ours_us']:.1f} | {r['us'] / r['ours_us']:.2f} |")
+        print(f"| {r['collective']} | {r['library']} | {r['kind']} | {r['layout']} | {r['tokens']} | "
+              f"{r['sms'] or 'all'} | {r['us']:.1f} | {r['ours_us']:.1f} | {r['us'] / r['ours_us']:.2f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump(theirs, f, indent=1)
