@@ -24,7 +24,7 @@ namespace moe {
 namespace {
 
 // The fewest SMs that reach the best time but for a few per cent (docs/performance.md).
-constexpr int kCopySms = 24;           // RANK_MAJOR dispatch without the cast, of larger rows: a plain copy
+constexpr int kCopySms = 32;           // RANK_MAJOR dispatch without the cast, of larger rows: a plain copy
 constexpr int kSmallRow = 8192;        // bytes: a row costs the same handling whatever its size
 constexpr int kDefaultSms = 64;        // all else: local copies, the cast or sums beside the wire
 constexpr int kLatencySms = INT32_MAX; // latency mode: all
