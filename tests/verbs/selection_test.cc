@@ -1,4 +1,5 @@
-// Which ports are used: one that cannot work is left out when devices are looked for, and the reason is said.
+// Which ports are used (one that cannot work is left out when devices are looked for, and the reason is said), and with
+// which service level and traffic class.
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -74,6 +75,25 @@ TEST_F(Selection, tooLittleLockedMemoryIsSaid) {
   EXPECT_EQ(Engine::create(&engine), ncclSystemError);
   EXPECT_NE(strstr(lastError(), "ulimit -l"), nullptr) << lastError();
   EXPECT_EQ(setrlimit(RLIMIT_MEMLOCK, &before), 0);
+}
+
+using Traffic = VerbsPair;
+
+TEST_F(Traffic, eachKindHasItsLevelAndClass) {
+  const struct {
+    TrafficKind kind;
+    int trafficClass, level, expected;
+  } cases[] = {{TrafficKind::other, -1, 1, 32},
+               {TrafficKind::latency, -1, 2, 64},
+               {TrafficKind::throughput, -1, 3, 96},
+               {TrafficKind::latency, 7, 2, 7}}; // the communicator's class goes first
+  for (const auto& c : cases) {
+    config.traffic = c.kind;
+    config.trafficClass = c.trafficClass;
+    connect(0, 3);
+    EXPECT_EQ(queuesWith(c.level, c.expected), 4); // two on each side
+    EXPECT_TRUE(stream(10, 60000, 2).good(10));
+  }
 }
 
 } // namespace
