@@ -20,6 +20,7 @@
 #include <infiniband/verbs.h>
 extern "C" {
 int fakeverbsInject(const char* script);
+int fakeverbsFired();
 void fakeverbsLive(int* contexts, int* pds, int* mrs, int* cqs, int* qps);
 int fakeverbsTraffic(int level, int trafficClass);
 }
