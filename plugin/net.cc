@@ -59,8 +59,10 @@ struct Global {
   std::shared_ptr<Engine> engine;
   pid_t pid = 0;
   int nContexts = 0;
-  std::unique_ptr<Context> unversioned; // of the versions without a ctx
-  std::set<std::string> names;          // what properties point to: NCCL may keep those pointers
+  std::unique_ptr<Context> unversioned;   // of the versions without a ctx
+  std::set<std::string> names;            // what properties point to: NCCL may keep those pointers
+  std::map<int, std::vector<int>> merged; // the members of every merged device
+  bool mergeAgain = false;                // the engine is a new one and does not have them yet
   ncclDebugLogger_t logger = nullptr;
 };
 
@@ -107,6 +109,7 @@ ncclResult_t makeContext(uint64_t commId, int trafficClass, std::unique_ptr<Cont
     MOECHECK(Engine::create(&engine));
     g.engine = std::move(engine);
     g.pid = getpid();
+    g.mergeAgain = !g.merged.empty();
   }
   auto fresh = std::make_unique<Context>();
   fresh->engine = g.engine;
@@ -114,6 +117,27 @@ ncclResult_t makeContext(uint64_t commId, int trafficClass, std::unique_ptr<Cont
   fresh->config.trafficClass = trafficClass;
   g.nContexts++;
   *context = std::move(fresh);
+  return ncclSuccess;
+}
+
+// As long as NCCL (2.28.7 and later) keeps a plugin loaded it counts and merges devices once, and goes on using their
+// numbers after it has finalized the last communicator and made another one: so the next engine gets the same ones.
+// Callers hold the mutex.
+ncclResult_t mergeAgain() {
+  Global& g = global();
+  if (!g.mergeAgain) return ncclSuccess;
+  const int nDevices = g.engine->nDevices();
+  for (const auto& [number, members] : g.merged) {
+    int dev = -1;
+    MOECHECK(g.engine->merge(members, &dev));
+    if (dev == number) continue;
+    return fail(
+      ncclSystemError,
+      "network plugin: there were %d devices when NCCL merged some of them, now there are %d; the process has "
+      "to start again",
+      g.merged.begin()->first, nDevices);
+  }
+  g.mergeAgain = false;
   return ncclSuccess;
 }
 
@@ -188,6 +212,9 @@ ncclResult_t devices(int* ndev) {
     std::lock_guard<std::mutex> lock(g.mutex);
     *ndev = 0;
     if (g.engine == nullptr) return fail(ncclInvalidUsage, "network plugin: init was not called");
+    // An NCCL that counts again (it has loaded the plugin anew, or is older) will merge again too.
+    if (g.mergeAgain) g.merged.clear();
+    g.mergeAgain = false;
     *ndev = g.engine->nDevices();
     return ncclSuccess;
   });
@@ -198,6 +225,7 @@ ncclResult_t getProperties(int dev, ncclNetProperties_v12_t* props) {
     Global& g = global();
     std::lock_guard<std::mutex> lock(g.mutex);
     if (g.engine == nullptr) return fail(ncclInvalidUsage, "network plugin: init was not called");
+    MOECHECK(mergeAgain());
     if (dev < 0 || dev >= g.engine->nDevices()) {
       return fail(ncclInvalidArgument, "dev is %d, but there are devices 0 to %d", dev, g.engine->nDevices() - 1);
     }
@@ -236,7 +264,11 @@ ncclResult_t makeVDevice(int* dev, int nMembers, const int* members) {
     Global& g = global();
     std::lock_guard<std::mutex> lock(g.mutex);
     if (g.engine == nullptr) return fail(ncclInvalidUsage, "network plugin: init was not called");
-    return g.engine->merge(std::vector<int>(members, members + nMembers), dev);
+    MOECHECK(mergeAgain());
+    const std::vector<int> all(members, members + nMembers);
+    MOECHECK(g.engine->merge(all, dev));
+    if (nMembers > 1) g.merged[*dev] = all;
+    return ncclSuccess;
   });
 }
 

@@ -163,7 +163,7 @@ ncclResult_t describePlugin(const std::string& file, ncclDebugLogger_t logger, i
   printf("\n");
   const ncclResult_t result = net->init(logger);
   if (result != ncclSuccess)
-    return fail(result, "the plugin's init returned error %d (NCCL_MOE_DEBUG=WARN says why)", int(result));
+    return fail(result, "the plugin's init returned error %d", int(result)); // its own words were logged
   int n = 0;
   if (net->devices(&n) != ncclSuccess) return fail(ncclInternalError, "the plugin's devices() failed");
   printf("  devices: %d\n", n);

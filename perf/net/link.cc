@@ -89,12 +89,14 @@ ncclResult_t Buffer::read(size_t offset, void* to, size_t bytes) const {
 
 ncclResult_t Buffer::dmaBufFd(int* fd) const { return cuda_->dmaBufFd(data_, bytes_, fd); }
 
-Patience::Patience(int seconds) : seconds_(seconds), deadlineNs_(nowNs() + int64_t(seconds) * 1000000000) {}
+Patience::Patience(int seconds) : seconds_(seconds) {}
 
 ncclResult_t Patience::pause(const char* what) {
   if (++idle_ < 64) return ncclSuccess;
   sched_yield();
-  if (idle_ % 64 == 0 && nowNs() > deadlineNs_) return fail(ncclRemoteError, "%s took more than %d s", what, seconds_);
+  if (idle_ == 64) idleSince_ = nowNs();
+  if (idle_ % 64 == 0 && nowNs() - idleSince_ > int64_t(seconds_) * 1000000000)
+    return fail(ncclRemoteError, "%s made no progress for %d s", what, seconds_);
   return ncclSuccess;
 }
 

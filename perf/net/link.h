@@ -36,16 +36,16 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// What is waited for, with its deadline: polls, and lets others run when nothing has happened for a while.
+// What is waited for: polls, lets others run when nothing has happened for a while, and after `seconds` of nothing ends.
 class Patience {
  public:
   explicit Patience(int seconds);
   ncclResult_t pause(const char* what); // an error once the time is over
-  void reset() { idle_ = 0; }
+  void reset() { idle_ = 0; }           // something has happened
 
  private:
   int seconds_;
-  int64_t deadlineNs_;
+  int64_t idleSince_ = 0; // ns
   int idle_ = 0;
 };
 

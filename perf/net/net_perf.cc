@@ -153,7 +153,7 @@ ncclResult_t runSide(Control control, Plan plan, bool first, const Options& o, i
   MOECHECK(loadNet(o.plugin, &net, &versions));
   const ncclResult_t result = net->init(logger);
   if (result != ncclSuccess)
-    return fail(result, "the plugin's init returned error %d (NCCL_MOE_DEBUG=WARN says why)", int(result));
+    return fail(result, "the plugin's init returned error %d", int(result)); // its own words were logged
   int n = 0;
   if (net->devices(&n) != ncclSuccess || device >= n)
     return fail(ncclInvalidArgument, "the plugin has %d devices; there is no device %d", n, device);
@@ -337,6 +337,9 @@ int main(int argc, char** argv) {
     return 0;
   }
   int status = 0;
+  // The plugin is to say what is wrong; net_perf's own sentences come from complain.
+  setenv("NCCL_DEBUG", options.check ? "INFO" : "WARN", 0);
+  moe::setLogSink([](moe::LogLevel, const char*, int, const char*) {});
   if (options.server) {
     status = serve(options);
   } else if (options.check) {

@@ -168,7 +168,7 @@ void printHelp() {
     "  --room N              bytes that a receive offers where its message is smaller (the message's); NCCL posts\n"
     "                        receives of its whole slots\n"
     "  --verify 0|1          compares the data (1)\n"
-    "  --timeout S           until a wait ends (30)\n"
+    "  --timeout S           without any progress until it is an error (30)\n"
     "  --json FILE           writes the results there too\n"
     "  --check               instead of measuring: describes machine, plugin and devices, and verifies data on\n"
     "                        every device, in host and GPU memory.  Send its output with a report.\n");

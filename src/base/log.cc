@@ -19,6 +19,7 @@ const char* envOr(const char* name, const char* fallback) {
   return value != nullptr ? value : getenv(fallback);
 }
 
+// As in NCCL, words count in any case.
 LogLevel parseLevel(const char* text) {
   if (text == nullptr) return LogLevel::none;
   if (strcasecmp(text, "VERSION") == 0) return LogLevel::version;

@@ -1,5 +1,6 @@
 #include "net/engine.h"
 
+#include <strings.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -30,16 +31,17 @@ class EngineImpl : public Engine {
     stats_.write();
   }
   ncclResult_t open() {
-    const std::string& choice = transportParam.get();
-    if (choice != "auto" && choice != "verbs" && choice != "tcp") {
-      return fail(ncclInvalidUsage, "NCCL_MOE_NET_TRANSPORT=%s: choose among auto, verbs and tcp", choice.c_str());
+    const char* choice = transportParam.get().c_str();
+    const bool verbs = strcasecmp(choice, "verbs") == 0, tcp = strcasecmp(choice, "tcp") == 0;
+    if (!verbs && !tcp && strcasecmp(choice, "auto") != 0) {
+      return fail(ncclInvalidUsage, "NCCL_MOE_NET_TRANSPORT=%s: choose among auto, verbs and tcp", choice);
     }
     raiseFileLimit();
-    if (choice != "tcp") {
+    if (!tcp) {
       std::string why;
       MOECHECK(makeVerbsTransport(&stats_, &transport_, &why));
-      if (transport_ == nullptr && choice == "verbs") {
-        return fail(ncclSystemError, "NCCL_MOE_NET_TRANSPORT=verbs, but %s", why.c_str());
+      if (transport_ == nullptr && verbs) {
+        return fail(ncclSystemError, "NCCL_MOE_NET_TRANSPORT=%s, but %s", choice, why.c_str());
       }
       if (transport_ == nullptr) MOE_INFO("NET verbs is not used: %s; tcp serves", why.c_str());
     }

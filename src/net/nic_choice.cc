@@ -47,31 +47,43 @@ struct UserChoice {
   std::vector<int> only; // empty: all
   std::vector<int> exclude;
   std::map<PciAddress, std::vector<int>> byGpu; // NICs of the GPUs that the user mapped
+  bool maps = false;
 };
 
-ncclResult_t parseUser(const std::string& user, const std::vector<PciAddress>& sortedGpus,
+// Where sortedGpus is nullptr, nobody knows what GPUs there are, and byGpu stays empty.
+ncclResult_t parseUser(const std::string& user, const std::vector<PciAddress>* sortedGpus,
                        const std::vector<NicInfo>& nics, UserChoice* choice) {
   if (user.empty()) return ncclSuccess;
+  choice->maps = user.find('=') != std::string::npos;
+  if (choice->maps && user[0] == '^')
+    return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC=%s: ^NIC,... and GPU=NIC,... cannot go together", user.c_str());
   if (user[0] == '^') return parseNics(user.substr(1), nics, &choice->exclude);
-  if (user.find('=') == std::string::npos) return parseNics(user, nics, &choice->only);
+  if (!choice->maps) return parseNics(user, nics, &choice->only);
+  std::set<std::string> keys;
   for (const std::string& entry : split(user, ';')) {
     const size_t equals = entry.find('=');
     if (equals == std::string::npos)
       return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC: \"%s\" is not GPU=NIC,...", entry.c_str());
     const std::string key = entry.substr(0, equals);
     PciAddress gpu;
-    if (!PciAddress::parse(key, &gpu)) {
-      const bool number = !key.empty() && key.size() < 6 && key.find_first_not_of("0123456789") == std::string::npos;
-      if (!number || size_t(std::stoi(key)) >= sortedGpus.size())
+    const bool address = PciAddress::parse(key, &gpu);
+    const bool number = !key.empty() && key.size() < 6 && key.find_first_not_of("0123456789") == std::string::npos;
+    if (!address && !number)
+      return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC: \"%s\" is no GPU, neither an index nor a PCI address",
+                  key.c_str());
+    if (sortedGpus != nullptr && !address) {
+      if (size_t(std::stoi(key)) >= sortedGpus->size())
         return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC: \"%s\" is none of the %zu GPUs", key.c_str(),
-                    sortedGpus.size());
-      gpu = sortedGpus[size_t(std::stoi(key))];
+                    sortedGpus->size());
+      gpu = (*sortedGpus)[size_t(std::stoi(key))];
     }
-    if (!std::binary_search(sortedGpus.begin(), sortedGpus.end(), gpu))
+    if (sortedGpus != nullptr && !std::binary_search(sortedGpus->begin(), sortedGpus->end(), gpu))
       return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC: there is no GPU %s", key.c_str());
-    if (choice->byGpu.count(gpu) != 0)
+    if (!keys.insert(address || sortedGpus != nullptr ? gpu.text() : key).second)
       return fail(ncclInvalidArgument, "NCCL_MOE_NET_NIC: GPU %s is named twice", key.c_str());
-    MOECHECK(parseNics(entry.substr(equals + 1), nics, &choice->byGpu[gpu]));
+    std::vector<int> found;
+    MOECHECK(parseNics(entry.substr(equals + 1), nics, &found));
+    if (sortedGpus != nullptr) choice->byGpu[gpu] = std::move(found);
   }
   return ncclSuccess;
 }
@@ -149,12 +161,14 @@ void assignGroup(const Group& group, std::vector<int>* uses, std::map<PciAddress
 
 } // namespace
 
-ncclResult_t usableNics(const std::vector<NicInfo>& nics, const std::string& user, std::vector<bool>* usable) {
+ncclResult_t usableNics(const std::vector<NicInfo>& nics, const std::string& user, std::vector<bool>* usable,
+                        bool* maps) {
   UserChoice choice;
-  if (user.find('=') == std::string::npos) MOECHECK(parseUser(user, {}, nics, &choice));
+  MOECHECK(parseUser(user, nullptr, nics, &choice));
   usable->assign(nics.size(), choice.only.empty());
   for (int i : choice.only) (*usable)[size_t(i)] = true;
   for (int i : choice.exclude) (*usable)[size_t(i)] = false;
+  *maps = choice.maps;
   return ncclSuccess;
 }
 
@@ -164,7 +178,7 @@ ncclResult_t chooseNics(const Topology& topology, const std::vector<PciAddress>&
   std::sort(sortedGpus.begin(), sortedGpus.end());
   sortedGpus.erase(std::unique(sortedGpus.begin(), sortedGpus.end()), sortedGpus.end());
   UserChoice userChoice;
-  MOECHECK(parseUser(user, sortedGpus, nics, &userChoice));
+  MOECHECK(parseUser(user, &sortedGpus, nics, &userChoice));
 
   std::vector<std::string> reasons(nics.size());
   if (!userChoice.only.empty()) {

@@ -1,4 +1,5 @@
-// The proxy's sink on the engine: descriptors become puts and signals on connections.
+// The proxy's sink on the engine: descriptors become puts and signals on connections.  Whoever makes the connections
+// says which kind of traffic the GPU will send on them (CommConfig::traffic), so that the network can keep it apart.
 #pragma once
 
 #include <vector>

@@ -23,6 +23,8 @@ namespace {
 
 IntParam bufferBytes{"NCCL_MOE_NET_TCP_BUFFER", 0, 0, 1 << 30,
                      "bytes of kernel buffer per TCP socket and direction, 16384 at least; 0: the kernel adapts it"};
+IntParam timeoutParam{"NCCL_MOE_NET_TCP_TIMEOUT_MS", 60000, 2000, 86400000,
+                      "milliseconds within which a connection ends whose peer's machine has vanished without a word"};
 constexpr int kLeastBufferBytes = 16384; // below this TCP itself crawls
 
 StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
@@ -158,9 +160,10 @@ ncclResult_t findInterfaces(const std::string& filter, std::vector<Interface>* i
 }
 
 void tuneSocket(int fd) {
-  const int on = 1, idle = 20, interval = 5, count = 4;
+  // A peer whose machine is gone sends no FIN: probes find that out while the connection idles, peerSilent otherwise.
+  const int seconds = static_cast<int>(timeoutParam.get() / 1000);
+  const int on = 1, idle = seconds / 2, interval = std::max(1, seconds / 8), count = (seconds - idle) / interval;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-  // A peer whose host is gone sends no FIN: probes find it within a minute while the connection idles.
   setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
@@ -171,6 +174,15 @@ void tuneSocket(int fd) {
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
   }
+}
+
+bool peerSilent(int fd) {
+  // TCP_USER_TIMEOUT would also end connections to a peer that is alive and does not read for so long.  That one answers
+  // the probes of its closed window; and since idle sockets are probed too, its last answer is never old.
+  tcp_info info = {};
+  socklen_t size = sizeof(info);
+  if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return false;
+  return (info.tcpi_retransmits > 1 || info.tcpi_probes > 1) && info.tcpi_last_ack_recv > timeoutParam.get();
 }
 
 ncclResult_t openListener(const Address& local, UniqueFd* fd, Address* bound) {

@@ -51,6 +51,8 @@ ncclResult_t openConnection(const Address& remote, UniqueFd* fd);
 // 0: under way; 1: connected; otherwise -errno.
 int connectionState(int fd);
 void tuneSocket(int fd);
+// Has the peer's machine answered nothing for NCCL_MOE_NET_TCP_TIMEOUT_MS, though there was something to answer?
+bool peerSilent(int fd);
 
 // What a non-blocking transfer came to.
 enum class IoStatus { more, done, closed, error };

@@ -138,6 +138,7 @@ class TcpConnection : public Connection {
   std::string problem_;
   bool peerClosed_ = false, peerSaidBye_ = false;
   double closedSince_ = 0; // for sends that were under way
+  uint32_t quietReads_ = 0;
 
   // Outgoing stream.
   std::deque<OutItem> out_;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "net/socket.h"
 #include "net/tcp_connection.h"
 
 namespace moe {
@@ -12,7 +13,8 @@ namespace net {
 namespace {
 
 constexpr int readsAtOnce = 16;
-constexpr size_t copyMax = 512; // up to here a copy is cheaper than a list of two pieces
+constexpr uint32_t quietCheck = 256; // so rarely that it costs nothing
+constexpr size_t copyMax = 512;      // up to here a copy is cheaper than a list of two pieces
 
 } // namespace
 
@@ -140,7 +142,12 @@ ncclResult_t TcpConnection::readStream() {
     }
     if (got < 0) {
       if (errno == EINTR) continue;
-      if (errno == EAGAIN || errno == EWOULDBLOCK) break;
+      if (errno == EAGAIN || errno == EWOULDBLOCK) {
+        if (++quietReads_ % quietCheck == 0 && peerSilent(stream_.get())) {
+          return broken(ncclRemoteError, "the peer's machine does not answer any more (NCCL_MOE_NET_TCP_TIMEOUT_MS)");
+        }
+        break;
+      }
       return broken(ncclRemoteError, std::string("receiving failed: ") + strerror(errno));
     }
     if (got == 0) {

@@ -106,8 +106,9 @@ ncclResult_t chooseNics(const Topology& topology, const std::vector<PciAddress>&
                         const std::string& user, std::vector<NicChoice>* choices,
                         std::vector<std::string>* whyNot = nullptr);
 
-// Which NICs a process may use at all by that choice; where it maps GPUs, all of them.
-ncclResult_t usableNics(const std::vector<NicInfo>& nics, const std::string& user, std::vector<bool>* usable);
+// Which NICs a process may use at all by that choice; where it maps GPUs (*maps), all of them.
+ncclResult_t usableNics(const std::vector<NicInfo>& nics, const std::string& user, std::vector<bool>* usable,
+                        bool* maps);
 
 } // namespace net
 } // namespace moe

@@ -325,6 +325,7 @@ ncclResult_t VerbsConnection::putSignal(const void* data, size_t bytes, Region* 
   int n = 0;
   for (size_t done = 0; done < bytes; n++) {
     const size_t step = std::min<size_t>(bytes - done, maxMessage_);
+    work_[n].opcode = IBV_WR_RDMA_WRITE;
     pieces_[n] = {reinterpret_cast<uint64_t>(data) + done, static_cast<uint32_t>(step),
                   own->held[paths_[path]->portIndex]->localKey};
     if (step <= maxInline_ && own->kind == ptrHost) work_[n].send_flags = IBV_SEND_INLINE;
@@ -335,16 +336,27 @@ ncclResult_t VerbsConnection::putSignal(const void* data, size_t bytes, Region* 
   if (signals) {
     uint64_t* from = &control_->signals[signals_++ % maxSignals];
     *from = value;
+    if (adaptive_) {
+      // Packets may take several ways, and writes may be in memory before earlier ones.  A READ is not answered before
+      // they are, and the signal waits for the answer, in the device.
+      work_[n].opcode = IBV_WR_RDMA_READ;
+      pieces_[n] = {reinterpret_cast<uint64_t>(&control_->flushed), sizeof(value),
+                    controlRegion_->held[paths_[path]->portIndex]->localKey};
+      work_[n].wr.rdma.remote_addr = signal.base + signalOffset;
+      work_[n].wr.rdma.rkey = signal.portKeys[path % signal.key];
+      n++;
+      work_[n].send_flags = IBV_SEND_FENCE;
+    }
+    work_[n].opcode = IBV_WR_RDMA_WRITE;
     pieces_[n] = {reinterpret_cast<uint64_t>(from), sizeof(value),
                   controlRegion_->held[paths_[path]->portIndex]->localKey};
-    if (sizeof(value) <= maxInline_) work_[n].send_flags = IBV_SEND_INLINE;
+    if (sizeof(value) <= maxInline_) work_[n].send_flags |= IBV_SEND_INLINE;
     work_[n].wr.rdma.remote_addr = signal.base + signalOffset;
     work_[n].wr.rdma.rkey = signal.portKeys[path % signal.key];
     n++;
     counters_.signals++;
   }
   for (int k = 0; k < n; k++) {
-    work_[k].opcode = IBV_WR_RDMA_WRITE;
     work_[k].sg_list = &pieces_[k];
     work_[k].num_sge = 1;
     work_[k].next = k + 1 < n ? &work_[k + 1] : nullptr;

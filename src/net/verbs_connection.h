@@ -13,7 +13,8 @@
 // of its queue pair.  Receives are posted ahead for every immediate that may come, so that receiver-not-ready never
 // happens.  A slot is used again only after its group has been completed and taken back, which bounds everything.
 //
-// One-sided: all puts and signals go through one queue pair, whose writes are carried out in order; memory that is
+// One-sided: all puts and signals go through one queue pair, whose writes are carried out in order, except under
+// adaptive routing, where a signal comes behind a READ and with a fence, at the price of a round trip; memory that is
 // signalled to must be registered with strict order.
 //
 // Paths: a connection between merged devices has queue pairs on every port; a path is a port of this side with one of

@@ -4,6 +4,8 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -72,6 +74,24 @@ bool peerMemoryModule() {
     if (access(path, F_OK) == 0) return true;
   }
   return false;
+}
+
+// A job registers more than this; many systems let a process lock 64 KiB or 8 MiB unless the administrator raises that.
+constexpr size_t leastLocked = 16 << 20;
+
+// 0, or the errno with which so much memory cannot be registered.
+int tryRegistering(VerbsContext* context) {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY) return 0;
+  Memory memory;
+  memory.bytes = leastLocked;
+  memory.data = mmap(nullptr, memory.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory.data == MAP_FAILED) return errno;
+  DeviceMr mr;
+  const int error = context->add(memory, context->access(memory), &mr); // the limit is not for the privileged
+  if (error == 0) context->remove(mr);
+  munmap(memory.data, memory.bytes);
+  return error;
 }
 
 // A kernel and device that can do it complain about the descriptor, others about the call.
@@ -145,16 +165,12 @@ int gidPreference(const uint8_t* gid, bool rocev2) {
   return (rocev2 ? 3 : 0) + kind;
 }
 
-ncclResult_t portAddress(const VerbsPort& port, VerbsAddress* address) {
+std::string findAddress(const VerbsPort& port, VerbsAddress* address) {
   const VerbsLib& lib = port.context->lib();
   ibv_context* context = port.context->get();
   ibv_port_attr attr = {};
-  if (int error = lib.queryPort(context, port.port, &attr)) {
-    return fail(ncclSystemError, "device %s: ibv_query_port: %s", port.info.name.c_str(), strerror(error));
-  }
-  if (attr.state != IBV_PORT_ACTIVE) {
-    return fail(ncclSystemError, "device %s: the port is not active", port.info.name.c_str());
-  }
+  if (int error = lib.queryPort(context, port.port, &attr)) return std::string("ibv_query_port: ") + strerror(error);
+  if (attr.state != IBV_PORT_ACTIVE) return "the port is not active";
   address->lid = attr.lid;
   address->mtu = attr.active_mtu;
   address->global = !port.infiniband || attr.lid == 0;
@@ -176,14 +192,23 @@ ncclResult_t portAddress(const VerbsPort& port, VerbsAddress* address) {
     }
   }
   if (index < 0 && best < 0) {
-    return fail(ncclSystemError, "device %s: the port has no usable GID", port.info.name.c_str());
+    return "the port has no usable GID (has its network interface an address, and does this container see it?)";
   }
   if (index >= 0) address->gidIndex = index;
+  const std::string gid = "GID " + std::to_string(address->gidIndex);
   if (lib.queryGid(context, port.port, address->gidIndex, &address->gid) != 0) {
-    return fail(ncclSystemError, "device %s: ibv_query_gid of index %d: %s", port.info.name.c_str(), address->gidIndex,
-                strerror(errno));
+    return gid + ": ibv_query_gid: " + strerror(errno);
   }
-  return ncclSuccess;
+  if (address->global && gidPreference(address->gid.raw, true) < 0) {
+    return gid + " is empty" + (index > 0 ? " (NCCL_MOE_NET_GID_INDEX)" : "");
+  }
+  return "";
+}
+
+ncclResult_t portAddress(const VerbsPort& port, VerbsAddress* address) {
+  const std::string problem = findAddress(port, address);
+  if (problem.empty()) return ncclSuccess;
+  return fail(ncclSystemError, "device %s: %s", port.info.name.c_str(), problem.c_str());
 }
 
 // ---- events ----
@@ -276,18 +301,22 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
     if (list != nullptr) lib->freeDeviceList(list);
     return ncclSuccess;
   }
-  *why = "no RDMA port is active";
   std::vector<NicInfo> nics;
+  why->clear();
+  const auto notUsed = [why](const std::string& name, const std::string& reason, LogLevel level = LogLevel::info) {
+    *why += (why->empty() ? "" : "; ") + name + ": " + reason;
+    MOE_LOG(level, "NET verbs device %s is not used: %s", name.c_str(), reason.c_str());
+  };
   for (int i = 0; i < count; i++) {
     const std::string name = lib->getDeviceName(list[i]);
     ibv_context* opened = lib->openDevice(list[i]);
     if (opened == nullptr) {
-      *why = "RDMA device " + name + " cannot be opened: " + strerror(errno);
+      notUsed(name, std::string("it cannot be opened: ") + strerror(errno));
       continue;
     }
     auto context = std::make_shared<VerbsContext>(lib, opened);
     if (int error = context->open()) {
-      *why = "RDMA device " + name + " cannot be used: " + strerror(error);
+      notUsed(name, strerror(error));
       continue;
     }
     const std::string sysfs = "/sys/class/infiniband/" + name + "/device";
@@ -297,8 +326,14 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
     for (int number = 1; number <= context->attributes().phys_port_cnt; number++) {
       const std::string full = name + ":" + std::to_string(number);
       ibv_port_attr attr = {};
-      if (lib->queryPort(opened, static_cast<uint8_t>(number), &attr) != 0 || attr.state != IBV_PORT_ACTIVE) continue;
-      if (attr.link_layer != IBV_LINK_LAYER_INFINIBAND && attr.link_layer != IBV_LINK_LAYER_ETHERNET) continue;
+      if (lib->queryPort(opened, static_cast<uint8_t>(number), &attr) != 0 || attr.state != IBV_PORT_ACTIVE) {
+        notUsed(full, "the port is not active");
+        continue;
+      }
+      if (attr.link_layer != IBV_LINK_LAYER_INFINIBAND && attr.link_layer != IBV_LINK_LAYER_ETHERNET) {
+        notUsed(full, "it is neither InfiniBand nor RoCE");
+        continue;
+      }
       VerbsPort port;
       port.context = context;
       port.port = static_cast<uint8_t>(number);
@@ -318,22 +353,45 @@ ncclResult_t findVerbsPorts(std::vector<VerbsPort>* ports, std::string* why) {
       nic.port = number;
       PciAddress::fromPath(port.info.pciPath, &nic.address);
       nics.push_back(nic);
-      MOE_INFO("NET verbs port %s (%s), %d Mbit/s%s%s", full.c_str(), port.infiniband ? "InfiniBand" : "RoCE",
-               port.info.speedMbps, (kinds & ptrCuda) != 0 ? ", GPUDirect by peer memory" : "",
-               (kinds & ptrDmabuf) != 0 ? ", GPUDirect by dma-buf" : "");
       ports->push_back(port);
     }
   }
   lib->freeDeviceList(list);
   if (ports->empty()) return ncclSuccess;
-  std::vector<bool> usable;
-  MOECHECK(usableNics(nics, nicParam.get(), &usable));
-  size_t kept = 0;
-  for (size_t i = 0; i < ports->size(); i++) {
-    if (usable[i]) std::swap((*ports)[kept++], (*ports)[i]);
+  std::vector<bool> wanted;
+  bool maps = false;
+  MOECHECK(usableNics(nics, nicParam.get(), &wanted, &maps));
+  if (maps) {
+    MOE_WARN(
+      "NCCL_MOE_NET_NIC=%s has no effect here: NCCL itself decides which GPU uses which of a plugin's NICs; a list "
+      "without GPUs says which NICs there are",
+      nicParam.get().c_str());
   }
-  ports->resize(kept);
-  if (ports->empty()) *why = "NCCL_MOE_NET_NIC excludes every RDMA port";
+  std::vector<VerbsPort> found;
+  std::swap(found, *ports);
+  for (size_t i = 0; i < found.size(); i++) {
+    const VerbsPort& port = found[i];
+    const std::string& name = port.info.name;
+    if (!wanted[i]) {
+      notUsed(name, "NCCL_MOE_NET_NIC leaves it out");
+      continue;
+    }
+    VerbsAddress address;
+    std::string problem = findAddress(port, &address);
+    if (problem.empty()) {
+      const int error = tryRegistering(port.context.get());
+      if (error != 0) problem = "registering " + std::to_string(leastLocked >> 20) + " MiB: " + strerror(error);
+      if (error == ENOMEM) problem += " (the limit of locked memory, ulimit -l, is too low)";
+    }
+    if (!problem.empty()) {
+      notUsed(name, problem, LogLevel::warn); // somebody has to set it right
+      continue;
+    }
+    MOE_INFO("NET verbs port %s (%s), %d Mbit/s%s%s", name.c_str(), port.infiniband ? "InfiniBand" : "RoCE",
+             port.info.speedMbps, (port.info.ptrKinds & ptrCuda) != 0 ? ", GPUDirect by peer memory" : "",
+             (port.info.ptrKinds & ptrDmabuf) != 0 ? ", GPUDirect by dma-buf" : "");
+    ports->push_back(port);
+  }
   return ncclSuccess;
 }
 

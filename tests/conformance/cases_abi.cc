@@ -214,5 +214,35 @@ CASE("devices.virtual", 1, 20, [](Rank& r) {
   r.stop();
 });
 
+CASE("devices.virtual_again", 2, 60, [](Rank& r) {
+  // An NCCL that keeps the plugin loaded after its last communicator neither counts nor merges devices again.
+  r.start();
+  if (!r.net.hasVDevice() || !r.net.hasFinalize())
+    skip("version %d has no makeVDevice or no finalize", r.net.version());
+  int n = 0, merged = -1;
+  requireOk(r.net.devices(&n));
+  if (n < 2 || r.net.makeVDevice(&merged, {0, 1}) != ncclSuccess) skip("no two devices that can be one");
+  Properties before, after;
+  requireOk(r.net.properties(merged, &before));
+  r.stop();
+  requireOk(r.net.init());
+  requireOk(r.net.properties(0, &after));
+  requireOk(r.net.properties(merged, &after));
+  require(after.name == before.name && after.nVirtual == before.nVirtual, "device %d was %s and is %s now", merged,
+          before.name.c_str(), after.name.c_str());
+  r.dev = merged;
+  exchange(r);
+  r.stop();
+  // One that counts again begins with the devices that there are.
+  int again = 0;
+  requireOk(r.net.init());
+  requireOk(r.net.devices(&again));
+  require(again == (r.options->merge.empty() ? n : n - 1), "%d devices at first, %d after the next init", n, again);
+  requireOk(r.net.makeVDevice(&merged, {0, 1}));
+  r.dev = merged;
+  exchange(r);
+  r.stop();
+});
+
 } // namespace
 } // namespace conformance

@@ -6,8 +6,9 @@ SABOTEUR        := $(BUILDDIR)/lib/saboteur.so
 $(CONFORMANCE): $(CONFORMANCE_OBJ)
 	$(call say,Linking,$@)mkdir -p $(@D)
 	$(Q)$(link) $(CONFORMANCE_OBJ) $(LDLIBS)
+# Its threads may only begin when it has been closed already.
 $(SABOTEUR): $(SABOTEUR_OBJ)
 	$(call say,Linking,$@)mkdir -p $(@D)
-	$(Q)$(link) -shared -Wl,-soname,$(@F) $(SABOTEUR_OBJ) $(LDLIBS)
+	$(Q)$(link) -shared -Wl,-soname,$(@F) -Wl,-z,nodelete $(SABOTEUR_OBJ) $(LDLIBS)
 -include $(CONFORMANCE_OBJ:.o=.d) $(SABOTEUR_OBJ:.o=.d)
 tests: $(if $(HAVE_NET),$(CONFORMANCE) $(SABOTEUR))

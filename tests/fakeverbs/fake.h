@@ -11,6 +11,8 @@
 //   FAKEVERBS_JOB      separates users of one machine (default: the user id)
 //   FAKEVERBS_DELAY_US completions become visible up to that much later, in order for each queue pair only
 //   FAKEVERBS_REORDER  1: queue pairs overtake one another at random      FAKEVERBS_SEED  for these two (1)
+//   FAKEVERBS_ADAPTIVE 1: as on a network with adaptive routing, a later write may be in memory before the data of an
+//                      earlier one of its queue pair; all else still comes after them
 //   FAKEVERBS_FAULTS   scripted faults: faults.cc                          FAKEVERBS_REPORT  file: see report()
 #pragma once
 
@@ -18,7 +20,9 @@
 #include <infiniband/verbs.h>
 extern "C" {
 int fakeverbsInject(const char* script);
+int fakeverbsFired();
 void fakeverbsLive(int* contexts, int* pds, int* mrs, int* cqs, int* qps);
+int fakeverbsTraffic(int level, int trafficClass);
 }
 #pragma GCC visibility pop
 #undef ibv_query_port
@@ -109,6 +113,13 @@ struct RecvWqe {
   uint64_t length = 0;
 };
 
+// Data of a write that has been acknowledged and is not in memory yet.
+struct Held {
+  char* to = nullptr;
+  std::vector<char> data;
+  Time ready;
+};
+
 struct Qp : ibv_qp {
   ibv_qp_cap cap = {};
   bool signalAll = false;
@@ -131,6 +142,7 @@ struct Qp : ibv_qp {
   int rqUsed = 0;
   uint32_t expectSeq = 0, refusedAttempt = 0;
   uint64_t receivedBytes = 0;
+  std::deque<Held> held; // by FAKEVERBS_ADAPTIVE
 
   Time lastReady[2]; // of the delayed completions: send, receive
   Device* dev() { return static_cast<Context*>(context)->dev(); }
@@ -180,7 +192,7 @@ struct State {
   uint32_t lastAttempt = 0, cursor = 0;
   std::mt19937 random;
   int delayUs = 0;
-  bool reorder = false, ib = false;
+  bool reorder = false, adaptive = false, ib = false;
   int ports = 1;
   std::string job;
 
@@ -228,6 +240,7 @@ bool gather(const Qp& qp, const Wqe& wqe, uint64_t offset, char* out, uint64_t l
 bool scatter(const Qp& qp, const std::vector<ibv_sge>& sges, uint64_t offset, const char* data, uint64_t length);
 bool listOk(const Qp& qp, const std::vector<ibv_sge>& sges, unsigned access);
 
+void placeHeld(Qp& qp, Time now); // of the writes held back those that are due
 void qpToError(Qp& qp);
 void completeSend(Qp& qp, ibv_wc_status status);
 // Returns the status after scripted faults; on an error the queue pair is in the error state afterwards.

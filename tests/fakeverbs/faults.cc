@@ -29,6 +29,7 @@ struct Rule {
 };
 
 std::atomic<bool> anyRules{false};
+int fired = 0; // rules that have acted, since the last clear
 
 std::vector<Rule>& rules() {
   static auto* list = std::make_unique<std::vector<Rule>>().release(); // outlives the engine thread
@@ -127,6 +128,7 @@ bool faultsParse(const char* script, std::string* error) {
     if (item.empty()) continue;
     if (item == "clear") {
       rules().clear();
+      fired = 0;
       anyRules = false;
       continue;
     }
@@ -173,6 +175,7 @@ int faultAt(const char* point, const ibv_context* context) {
     if (rule.point != point || (!rule.device.empty() && rule.device != dev.name)) continue;
     rule.calls++;
     if (rule.calls == rule.nth || (rule.onwards && rule.calls > rule.nth)) {
+      fired++;
       int e = act(rule.action, dev);
       if (e != 0) result = e;
     }
@@ -188,6 +191,7 @@ ibv_wc_status faultStatus(ibv_wc_status status, const char* point, const ibv_con
     if ((rule.point != point && rule.point != "wc") || (!rule.device.empty() && rule.device != dev.name)) continue;
     rule.calls++;
     if (rule.calls != rule.nth && !(rule.onwards && rule.calls > rule.nth)) continue;
+    fired++;
     int s = indexOf(statuses, suffix(rule.action, "status:"));
     if (s >= 0)
       status = ibv_wc_status(s);
@@ -206,5 +210,11 @@ int fakeverbsInject(const char* script) {
   fake::Guard guard;
   std::string error;
   return fake::faultsParse(script, &error) ? 0 : EINVAL;
+}
+
+// How often rules have acted since the last clear.
+int fakeverbsFired() {
+  fake::Guard guard;
+  return fake::fired;
 }
 }

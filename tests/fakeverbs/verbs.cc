@@ -28,6 +28,7 @@ void configure(State& s) {
   const char* job = getenv("FAKEVERBS_JOB");
   s.job = job != nullptr ? job : std::to_string(getuid());
   s.delayUs = envInt("FAKEVERBS_DELAY_US", 0, 0, 10000000);
+  s.adaptive = envInt("FAKEVERBS_ADAPTIVE", 0, 0, 1) == 1;
   s.reorder = envInt("FAKEVERBS_REORDER", 0, 0, 1) == 1;
   s.random.seed(unsigned(envInt("FAKEVERBS_SEED", 1, 0, 1 << 30)));
   int n = envInt("FAKEVERBS_DEVICES", 2, 0, 64);
@@ -194,6 +195,18 @@ void fakeverbsLive(int* contexts, int* pds, int* mrs, int* cqs, int* qps) {
   if (mrs != nullptr) *mrs = int(s.mrs.size());
   if (cqs != nullptr) *cqs = int(s.cqs.size());
   if (qps != nullptr) *qps = int(s.qps.size());
+}
+
+// How many connected queue pairs have this service level and traffic class.
+int fakeverbsTraffic(int level, int trafficClass) {
+  Guard guard;
+  int n = 0;
+  for (const auto& entry : state().qps) {
+    const Qp& qp = *entry.second;
+    if (qp.state != IBV_QPS_RTR && qp.state != IBV_QPS_RTS) continue;
+    n += qp.attr.ah_attr.sl == level && qp.attr.ah_attr.grh.traffic_class == trafficClass ? 1 : 0;
+  }
+  return n;
 }
 
 ibv_device** ibv_get_device_list(int* n) {
@@ -381,6 +394,7 @@ int ibv_dereg_mr(ibv_mr* mr) {
   for (auto it = s.mrs.begin(); it != s.mrs.end(); ++it) {
     if (it->second != mr) continue;
     if (int e = faultAt("dereg_mr", mr->context)) return e;
+    for (auto& entry : s.qps) placeHeld(*entry.second, Time::max()); // the memory may go now
     s.pdUsers[mr->pd]--;
     std::unique_ptr<Mr> owned(it->second);
     s.mrs.erase(it);

@@ -255,6 +255,7 @@ constexpr int executed = -1;
 int execute(Conn& conn, Qp& qp, const Header& h, const char* data) {
   bool last = h.flags & flagLast;
   unsigned rights = qp.attr.qp_access_flags;
+  if (h.op != IBV_WR_RDMA_WRITE && last) placeHeld(qp, Time::max());
   switch (h.op) {
   case IBV_WR_RDMA_WRITE:
   case IBV_WR_RDMA_WRITE_WITH_IMM: {
@@ -263,7 +264,12 @@ int execute(Conn& conn, Qp& qp, const Header& h, const char* data) {
     char* to = h.total == 0 ? nullptr : target(qp, h, h.raddr, h.total, IBV_ACCESS_REMOTE_WRITE);
     if (h.total > 0 && to == nullptr) return nakAccess;
     if (h.op == IBV_WR_RDMA_WRITE_WITH_IMM && qp.rq.empty()) return nakNotReady;
-    if (h.length > 0) dmaCopy(to + h.offset, data, h.length);
+    if (state().adaptive && h.op == IBV_WR_RDMA_WRITE && h.total > 8) {
+      qp.held.push_back({to + h.offset, std::vector<char>(data, data + h.length),
+                         Clock::now() + std::chrono::microseconds(state().random() % 500)});
+    } else if (h.length > 0) {
+      dmaCopy(to + h.offset, data, h.length);
+    }
     if (last && h.op == IBV_WR_RDMA_WRITE_WITH_IMM &&
         completeRecv(qp, IBV_WC_SUCCESS, IBV_WC_RECV_RDMA_WITH_IMM, h.total, true, h.imm, h.flags & flagSolicited) !=
           IBV_WC_SUCCESS)
@@ -458,6 +464,11 @@ void engineMain() {
       promoteDelayed(*cq, now);
       for (const auto& entry : cq->delayed) deadline = std::min(deadline, entry.ready);
     }
+    if (s.adaptive)
+      for (auto& entry : s.qps) {
+        placeHeld(*entry.second, now);
+        if (!entry.second->held.empty()) deadline = std::min(deadline, entry.second->held.front().ready);
+      }
     for (uint32_t qpn : s.active)
       if (Time hold = s.qps[qpn]->holdUntil; hold > looked) deadline = std::min(deadline, hold);
     setTimer(deadline, now);
@@ -502,6 +513,11 @@ void closeAll() {
 }
 
 } // namespace
+
+void placeHeld(Qp& qp, Time now) {
+  for (; !qp.held.empty() && qp.held.front().ready <= now; qp.held.pop_front())
+    dmaCopy(qp.held.front().to, qp.held.front().data.data(), qp.held.front().data.size());
+}
 
 int engineStart() {
   State& s = state();

@@ -83,8 +83,10 @@ class ProxyEngine : public testing::Test {
     std::unique_ptr<Listener> listener;
     std::unique_ptr<Connector> connector;
     char handle[handleBytes];
-    ASSERT_EQ(engine->listen(0, CommConfig(), handle, &listener), ncclSuccess) << lastError();
-    ASSERT_EQ(engine->connector(0, CommConfig(), handle, &connector), ncclSuccess) << lastError();
+    CommConfig config;
+    config.traffic = TrafficKind::latency;
+    ASSERT_EQ(engine->listen(0, config, handle, &listener), ncclSuccess) << lastError();
+    ASSERT_EQ(engine->connector(0, config, handle, &connector), ncclSuccess) << lastError();
     for (int i = 0; i < 10000 && (*out == nullptr || *in == nullptr); i++) {
       if (*out == nullptr) {
         ASSERT_EQ(connector->connect(out), ncclSuccess) << lastError();

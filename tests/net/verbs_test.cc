@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 
+#include "base/error.h"
 #include "net/regcache.h"
 #include "net/topology.h"
 #include "net/verbs_connection.h"
@@ -182,7 +183,9 @@ TEST(UsableNics, ListsAndExclusions) {
   nics[2].name = "mlx5_10";
   auto with = [&](const std::string& user) {
     std::vector<bool> usable;
-    EXPECT_EQ(usableNics(nics, user, &usable), ncclSuccess);
+    bool maps = false;
+    EXPECT_EQ(usableNics(nics, user, &usable, &maps), ncclSuccess);
+    EXPECT_EQ(maps, user.find('=') != std::string::npos);
     return usable;
   };
   EXPECT_EQ(with(""), (std::vector<bool>{true, true, true}));
@@ -190,8 +193,14 @@ TEST(UsableNics, ListsAndExclusions) {
   EXPECT_EQ(with("mlx5_0"), (std::vector<bool>{true, true, false}));
   EXPECT_EQ(with("^mlx5_0:1,mlx5_10"), (std::vector<bool>{false, true, false}));
   EXPECT_EQ(with("0=mlx5_10"), (std::vector<bool>{true, true, true}));
+  EXPECT_EQ(with("0=mlx5_10;0000:0e:00.0=mlx5_0:2,mlx5_10"), (std::vector<bool>{true, true, true}));
   std::vector<bool> usable;
-  EXPECT_EQ(usableNics(nics, "mlx5_7", &usable), ncclInvalidArgument);
+  bool maps = false;
+  for (const std::string wrong : {"mlx5_7", "0=mlx5_7", "^0=mlx5_0", "x=mlx5_0", "=mlx5_0", "0=", "0=mlx5_0,",
+                                  "0=mlx5_0;mlx5_10", "0=mlx5_0;0=mlx5_10", "mlx5_0=mlx5_10", "="}) {
+    EXPECT_EQ(usableNics(nics, wrong, &usable, &maps), ncclInvalidArgument) << wrong;
+    EXPECT_NE(std::string(lastError()).find("NCCL_MOE_NET_NIC"), std::string::npos) << lastError();
+  }
 }
 
 TEST(VerbsBody, Parses) {

@@ -33,6 +33,9 @@ struct Environment : testing::Environment {
     setenv("NCCL_MOE_NET_TIMEOUT", "11", 1); // 8 ms
     setenv("NCCL_MOE_NET_RETRY_CNT", "1", 1);
     setenv("NCCL_MOE_NET_FAILOVER_TIMEOUT_MS", "3000", 1);
+    const char* const traffic[][2] = {{"SL", "1"},          {"TC", "32"},           {"SL_LATENCY", "2"},
+                                      {"TC_LATENCY", "64"}, {"SL_THROUGHPUT", "3"}, {"TC_THROUGHPUT", "96"}};
+    for (const auto& one : traffic) setenv((std::string("NCCL_MOE_NET_") + one[0]).c_str(), one[1], 1);
     setenv("FAKEVERBS_DEVICES", "6", 1);
     setenv("FAKEVERBS_JOB", std::to_string(getpid()).c_str(), 1);
     // Completions come late, and queue pairs overtake one another.
@@ -48,13 +51,26 @@ void watchLog(LogLevel, const char*, int, const char* text) {
 
 } // namespace
 
-void fakeFault(const std::string& script) {
+namespace {
+
+template <class F> F* fakeFunction(const char* name) {
   void* library = dlopen(fakeLibrary().c_str(), RTLD_NOW | RTLD_NOLOAD);
-  ASSERT_NE(library, nullptr) << "the fake is not loaded";
-  auto* inject = reinterpret_cast<int (*)(const char*)>(dlsym(library, "fakeverbsInject"));
+  if (library == nullptr) return nullptr;
+  dlclose(library); // the engine has it open
+  return reinterpret_cast<F*>(dlsym(library, name));
+}
+
+} // namespace
+
+void fakeFault(const std::string& script) {
+  auto* inject = fakeFunction<int(const char*)>("fakeverbsInject");
   ASSERT_NE(inject, nullptr);
   ASSERT_EQ(inject(script.c_str()), 0) << script;
-  dlclose(library);
+}
+
+int queuesWith(int serviceLevel, int trafficClass) {
+  auto* traffic = fakeFunction<int(int, int)>("fakeverbsTraffic");
+  return traffic != nullptr ? traffic(serviceLevel, trafficClass) : -1;
 }
 
 Block::Block(Connection* connection, size_t bytes, bool strictOrder)

@@ -1,5 +1,8 @@
 // Puts and signals over verbs: the value of a signal is there only after the data of all puts before it, whatever order
 // completions take.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -121,6 +124,23 @@ TEST_F(Puts, manySignalsUnderWayArriveInOrder) {
   }));
   EXPECT_FALSE(backwards);
   EXPECT_EQ(load(flags, 0), total);
+}
+
+// Both of the above where later writes may be in memory before earlier ones.  The fake and the parameter are set up once a
+// process, hence another one.
+TEST(PutsAdaptive, signalsComeAfterDataUnderAdaptiveRouting) {
+  char self[4096] = "";
+  ASSERT_GT(readlink("/proc/self/exe", self, sizeof(self) - 1), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    setenv("FAKEVERBS_ADAPTIVE", "1", 1);
+    setenv("NCCL_MOE_NET_ADAPTIVE_ROUTING", "1", 1);
+    execl(self, self, "--gtest_filter=Puts.aSignal*:Puts.manySignals*", "--gtest_output=", nullptr);
+    _exit(127);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status << ", see above";
 }
 
 TEST_F(Puts, refusesWhatIsOutsideOfTheRegions) {
