@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "device/device_backend.h"
+#include "device/hash.h"
 #include "device/nvtx.h"
 
 namespace moe {
@@ -22,9 +23,7 @@ uint64_t hostIdentity() {
     std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
     identity = name + boot;
   }
-  uint64_t h = 1469598103934665603ull;
-  for (char c : identity) h = (h ^ static_cast<unsigned char>(c)) * 1099511628211ull;
-  return h;
+  return hashBytes(identity.data(), identity.size());
 }
 
 } // namespace
@@ -33,15 +32,13 @@ ncclResult_t DeviceBackend::agree() {
   struct Shape {
     uint64_t host;
     long long values[5];
-    uint32_t placement;
+    uint64_t placement;
   };
   static const char* const names[] = {"nExperts", "maxTokens", "maxTopK", "maxRowBytes", "mode"};
   Shape mine{
     hostIdentity(),
     {config_.nExperts, config_.maxTokens, config_.maxTopK, static_cast<long long>(config_.maxRowBytes), config_.mode},
-    0};
-  for (const ExpertHome& home : config_.home)
-    mine.placement = mine.placement * 16777619u ^ static_cast<uint32_t>(home.rank);
+    hashBytes(config_.home.data(), sizeof(ExpertHome) * config_.home.size())};
   std::vector<Shape> all(moe_.nRanks);
   if (moe_.nRanks > kMaxDeviceRanks) {
     return fail(ncclInvalidUsage, "ncclMoeCommInit: %d ranks, more than the %d that CUDA memory is served for",
