@@ -141,12 +141,7 @@ std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed,
   RANK_TRY(meetAll(rank, meeting, nRanks)); // nothing is loaded or set to zero any more
   cudaGraphExec_t graph = nullptr;
   if (r.graph) {
-    cudaGraph_t captured = nullptr;
-    RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
-    RANK_TRY(enqueueStep(rank, layers, r.inPhases));
-    RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-    RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-    RANK_CUDA(cudaGraphDestroy(captured));
+    RANK_TRY(capture(rank, &graph, [&] { return enqueueStep(rank, layers, r.inPhases); }));
     RANK_CUDA(cudaGraphUpload(graph, rank.stream()));
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     RANK_TRY(meetAll(rank, meeting, nRanks));

@@ -44,24 +44,23 @@ uint64_t selectionsOfLost(const ExchangeCase& whole, int rank) {
   return n;
 }
 
+std::string setIds(GpuRank& rank, const DispatchCall& dispatch, const std::vector<int64_t>& ids) {
+  RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), ids.data(), sizeof(int64_t) * ids.size(),
+                            cudaMemcpyHostToDevice, rank.stream()));
+  return "";
+}
+
 // A dispatch and a combine of the case, checked.  ids: what topkIdx says instead of the case's.
 std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e, const std::vector<int64_t>* ids) {
   DispatchStyle style;
   style.slack = 64;
-  DispatchCall dispatch(*e.reference, rank.rank(), style);
-  CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-  RANK_TRY(rank.upload(dispatch, false));
-  RANK_TRY(rank.upload(combine, false));
-  if (ids != nullptr) {
-    RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), ids->data(), sizeof(int64_t) * ids->size(),
-                              cudaMemcpyHostToDevice, rank.stream()));
-  }
-  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  CallPair calls(rank, e, style);
+  RANK_TRY(calls.upload(rank, false));
+  if (ids != nullptr) RANK_TRY(setIds(rank, calls.dispatch, *ids));
+  RANK_TRY(calls.enqueue(rank, routing));
   RANK_TRY(asyncIs(rank, ncclSuccess));
   RANK_TRY(rank.download());
-  RANK_TRY(dispatch.verify());
-  RANK_TRY(combine.verify());
+  RANK_TRY(calls.verify());
   rank.forget();
   return "";
 }
@@ -170,8 +169,7 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
                      (unsigned long long)expertTokens[l], (unsigned long long)want);
         }
       }
-      std::vector<int> ranks(kRanks);
-      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_TRY(meetAll(rank, *meeting, kRanks));
       RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 3), rank.comm());
       for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
       return rank.destroy();
@@ -196,8 +194,7 @@ TEST(GpuMask, ARankThatIsLeftInButDoesNotComeIsNamed) {
         RANK_TRY(expectResult("mask without rank 2", ncclMoeCommMaskRanks(rank.comm(), all, 5), ncclRemoteError,
                               rank.comm(), "ncclMoeCommMaskRanks from rank 2"));
       }
-      std::vector<int> ranks(kRanks);
-      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_TRY(meetAll(rank, *meeting, kRanks));
       RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 6), rank.comm());
       RANK_TRY(exchange(rank, routing, e, nullptr));
       return rank.destroy();
