@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "base/types.h"
+#include "device/hash.h"
 
 namespace moe {
 namespace {
@@ -101,8 +102,7 @@ ncclResult_t LatencyRouting::dispatch(const ncclMoeDispatchArgs_t& args, const n
   a.nTokens = args.nTokens;
   a.nTokensDev = args.nTokensDev;
   a.capacity = args.recvCapacity;
-  a.signature = static_cast<uint32_t>(a.wireBytes) * 2654435761u ^ static_cast<uint32_t>(a.scaleBytes) << 8 ^
-                static_cast<uint32_t>(args.quant) << 2 ^ (a.keep ? 2u : 0u);
+  a.signature = hash({1, a.wireBytes, a.scaleBytes, args.quant, a.keep ? 1 : 0});
   dispatch_ = a;
   maxSms_ = maxSms;
   CUDACHECK(launchLatencyDispatch(a, maxSms, stream));
@@ -126,8 +126,7 @@ ncclResult_t LatencyRouting::combine(const ncclMoeCombineArgs_t& args, const ncc
   a.out = static_cast<char*>(args.out);
   a.gradTopkWeights = args.gradTopkWeights;
   a.nTokens = routing.nTokens;
-  a.signature = static_cast<uint32_t>(a.rowBytes) * 2246822519u ^ static_cast<uint32_t>(args.type) << 4 ^
-                (a.exact ? 4u : 0u) ^ (a.withGrads ? 8u : 0u) ^ (a.cast ? 2u : 0u) ^ 1u;
+  a.signature = hash({2, a.rowBytes, args.type, a.withGrads ? 1 : 0, a.exact ? 1 : 0, a.cast ? 1 : 0});
   combine_ = a;
   maxSms_ = maxSms;
   CUDACHECK(launchLatencyCombine(a, maxSms, stream));

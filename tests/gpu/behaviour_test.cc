@@ -53,25 +53,14 @@ TEST(GpuBehaviour, GraphReplaysWithChangingRoutings) {
       for (int replay = 0; replay < 40; replay++) {
         redraw(seed + 17 * static_cast<uint64_t>(replay), &e);
         rank.forget(kPiece);
-        DispatchCall dispatch(*e.reference, rank.rank(), style);
-        CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-        RANK_TRY(rank.upload(dispatch, false));
-        RANK_TRY(rank.upload(combine, false));
-        if (graph == nullptr) {
-          cudaGraph_t captured = nullptr;
-          RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
-          RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-          RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-          RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-          RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-          RANK_CUDA(cudaGraphDestroy(captured));
-        }
+        CallPair calls(rank, e, style);
+        RANK_TRY(calls.upload(rank, false));
+        if (graph == nullptr) RANK_TRY(capture(rank, &graph, [&] { return calls.enqueue(rank, routing); }));
         RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
         RANK_CUDA(cudaStreamSynchronize(rank.stream()));
         RANK_TRY(asyncIs(rank, ncclSuccess));
         RANK_TRY(rank.download());
-        RANK_TRY(dispatch.verify());
-        RANK_TRY(combine.verify());
+        RANK_TRY(calls.verify());
       }
       RANK_CUDA(cudaGraphExecDestroy(graph));
       return "";
@@ -90,25 +79,18 @@ TEST(GpuBehaviour, TwoRoutingsOnTwoStreams) {
              cudaStream_t other = nullptr;
              RANK_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
              for (int round = 0; round < 20; round++) {
-               DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
-                 dispatchB(*b.reference, rank.rank(), DispatchStyle());
-               CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
-                 combineB(*b.reference, b.combine, rank.rank(), false, 0);
-               RANK_TRY(rank.upload(dispatchA, true));
-               RANK_TRY(rank.upload(dispatchB, false));
-               RANK_TRY(rank.upload(combineA, false));
-               RANK_TRY(rank.upload(combineB, false));
-               RANK_OK(ncclMoeDispatch(&dispatchA.args(), routingA, rank.comm(), rank.stream()), rank.comm());
-               RANK_OK(ncclMoeDispatch(&dispatchB.args(), routingB, rank.comm(), other), rank.comm());
-               RANK_OK(ncclMoeCombine(&combineA.args(), routingA, rank.comm(), other), rank.comm());
-               RANK_OK(ncclMoeCombine(&combineB.args(), routingB, rank.comm(), rank.stream()), rank.comm());
+               CallPair callsA(rank, a), callsB(rank, b);
+               RANK_TRY(callsA.upload(rank, true));
+               RANK_TRY(callsB.upload(rank, false));
+               RANK_OK(ncclMoeDispatch(&callsA.dispatch.args(), routingA, rank.comm(), rank.stream()), rank.comm());
+               RANK_OK(ncclMoeDispatch(&callsB.dispatch.args(), routingB, rank.comm(), other), rank.comm());
+               RANK_OK(ncclMoeCombine(&callsA.combine.args(), routingA, rank.comm(), other), rank.comm());
+               RANK_OK(ncclMoeCombine(&callsB.combine.args(), routingB, rank.comm(), rank.stream()), rank.comm());
                RANK_CUDA(cudaStreamSynchronize(other));
                RANK_TRY(asyncIs(rank, ncclSuccess));
                RANK_TRY(rank.download());
-               RANK_TRY(dispatchA.verify());
-               RANK_TRY(dispatchB.verify());
-               RANK_TRY(combineA.verify());
-               RANK_TRY(combineB.verify());
+               RANK_TRY(callsA.verify());
+               RANK_TRY(callsB.verify());
                rank.forget();
              }
              RANK_CUDA(cudaStreamDestroy(other));
@@ -144,16 +126,10 @@ TEST(GpuBehaviour, BadIndexNamesTokenAndPosition) {
   const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
   const std::string wrong =
     runGpu(2, RanksAs::threads, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
-             for (const int64_t bad : {int64_t{16}, int64_t{-2}, int64_t{1} << 40, int64_t{-1000}}) {
+             for (const BadExpert bad : kBadExperts) {
                DispatchCall call(*e.reference, rank.rank(), DispatchStyle());
                RANK_TRY(rank.upload(call, true));
-               if (rank.rank() == 0) {
-                 int64_t* idx = static_cast<int64_t*>(const_cast<void*>(call.args().topkIdx));
-                 int64_t value = bad;
-                 if (bad == -1000)
-                   RANK_CUDA(cudaMemcpy(&value, idx + 33 * 4 + 1, 8, cudaMemcpyDeviceToHost)); // repeated
-                 RANK_CUDA(cudaMemcpy(idx + 33 * 4 + 2, &value, 8, cudaMemcpyHostToDevice));
-               }
+               if (rank.rank() == 0) RANK_TRY(spoilIndex(call, e.routing.topK, 33, bad));
                RANK_OK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()), rank.comm());
                if (rank.rank() == 0) {
                  RANK_TRY(asyncIs(rank, ncclInvalidArgument, "topkIdx,token 33"));
@@ -195,17 +171,6 @@ TEST(GpuBehaviour, MissingRowsOfACombineAreRefused) {
   EXPECT_EQ(wrong, "");
 }
 
-// After a communicator has failed: the context lives, calls are refused, destroy works.
-std::string aftermath(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
-  DispatchCall call(*e.reference, rank.rank(), DispatchStyle());
-  rank.forget();
-  RANK_TRY(rank.upload(call, true));
-  RANK_CHECK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()) != ncclSuccess);
-  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-  RANK_CUDA(cudaGetLastError());
-  return "";
-}
-
 TEST(GpuBehaviour, RankThatNeverCallsIsNamed) {
   NEED_GPUS(1);
   const ExchangeCase e = makeExchange(testSeed(), 3, 50, 64);
@@ -228,7 +193,7 @@ TEST(GpuBehaviour, RankThatNeverCallsIsNamed) {
                RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 1"));
                RANK_CHECK(took < std::chrono::milliseconds(2000), "it took %lld ms",
                           static_cast<long long>(std::chrono::duration_cast<std::chrono::milliseconds>(took).count()));
-               return aftermath(rank, routing, e);
+               return refusesCalls(rank, routing, e);
              },
              600));
   EXPECT_EQ(wrong, "");
@@ -251,7 +216,7 @@ TEST(GpuBehaviour, RankThatNeverCombinesIsNamed) {
                RANK_TRY(rank.upload(call, true));
                RANK_OK(ncclMoeCombine(&call.args(), routing, rank.comm(), rank.stream()), rank.comm());
                RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 1"));
-               return aftermath(rank, routing, e);
+               return refusesCalls(rank, routing, e);
              },
              600));
   EXPECT_EQ(wrong, "");
@@ -276,7 +241,7 @@ TEST(GpuBehaviour, AbortEndsTheWait) {
              RANK_CHECK(result == ncclSuccess && ended == cudaSuccess);
              RANK_CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(5000));
              RANK_TRY(asyncIs(rank, ncclRemoteError, "aborted"));
-             return aftermath(rank, routing, e);
+             return refusesCalls(rank, routing, e);
            }));
   EXPECT_EQ(wrong, "");
 }
@@ -300,7 +265,7 @@ TEST(GpuBehaviour, KilledRankIsNamed) {
                       RANK_CHECK(call > 0 || result == ncclSuccess);
                       RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 1"));
                     }
-                    return aftermath(rank, routing, e);
+                    return refusesCalls(rank, routing, e);
                   },
                   2000));
   EXPECT_EQ(said[0], "");
@@ -320,7 +285,7 @@ TEST(GpuBehaviour, DisagreementIsAnError) {
                if (rank.rank() == 1) call.args().hidden = 256;
                RANK_OK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()), rank.comm());
                RANK_TRY(asyncIs(rank, ncclInvalidUsage, rank.rank() == 0 ? "rank 1" : "rank 0"));
-               return aftermath(rank, routing, e);
+               return refusesCalls(rank, routing, e);
              },
              2000));
   EXPECT_EQ(wrong, "");
@@ -406,19 +371,15 @@ TEST(GpuBehaviour, AnErrorOfTheCallersIsNotTheCalls) {
   const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
   const std::string wrong =
     runGpu(2, RanksAs::threads, kTimeLimitMs, withRank(e, [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
-             DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
-             CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-             RANK_TRY(rank.upload(dispatch, true));
-             RANK_TRY(rank.upload(combine, false));
+             CallPair calls(rank, e);
+             RANK_TRY(calls.upload(rank, true));
              RANK_CHECK(cudaSetDevice(100000) != cudaSuccess);
              RANK_CHECK(cudaPeekAtLastError() != cudaSuccess);
-             RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-             RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+             RANK_TRY(calls.enqueue(rank, routing));
              RANK_TRY(asyncIs(rank, ncclSuccess));
              (void)cudaGetLastError();
              RANK_TRY(rank.download());
-             RANK_TRY(dispatch.verify());
-             return combine.verify();
+             return calls.verify();
            }));
   EXPECT_EQ(wrong, "");
 }

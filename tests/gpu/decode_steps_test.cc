@@ -1,4 +1,4 @@
-// Latency mode without the host: thousands of decode steps, replayed from graphs or enqueued one behind the other, that the GPUs
+// Latency mode, and graphs of throughput mode, without the host: thousands of decode steps, replayed from graphs or enqueued one behind the other, that the GPUs
 // make up and check by themselves.  MOE_TEST_ITERATIONS says how many.
 //
 // This is also the stress test of what src/device/latency.cuh promises about packets: nothing but the calls themselves keeps
@@ -141,12 +141,7 @@ std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed,
   RANK_TRY(meetAll(rank, meeting, nRanks)); // nothing is loaded or set to zero any more
   cudaGraphExec_t graph = nullptr;
   if (r.graph) {
-    cudaGraph_t captured = nullptr;
-    RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
-    RANK_TRY(enqueueStep(rank, layers, r.inPhases));
-    RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-    RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-    RANK_CUDA(cudaGraphDestroy(captured));
+    RANK_TRY(capture(rank, &graph, [&] { return enqueueStep(rank, layers, r.inPhases); }));
     RANK_CUDA(cudaGraphUpload(graph, rank.stream()));
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     RANK_TRY(meetAll(rank, meeting, nRanks));
@@ -168,10 +163,11 @@ std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed,
 
 // One after the other, by the same ranks.
 std::string runAll(int nRanks, int numSms, uint64_t seed, const std::vector<StepRun>& runs,
-                   const Meanwhile& meanwhile = nullptr) {
+                   const Meanwhile& meanwhile = nullptr, ncclMoeMode_t mode = ncclMoeModeLatency) {
   int maxTokens = 0;
   DecodeRun run;
   run.nRanks = nRanks;
+  run.mode = mode;
   run.numSms = numSms;
   for (const StepRun& r : runs) {
     for (const StepShape& shape : r.shapes) maxTokens = std::max(maxTokens, shape.nTokens);
@@ -191,7 +187,8 @@ const ncclMoeLayout_t kLayouts[] = {ncclMoeLayoutExpertPadded, ncclMoeLayoutExpe
 // All ranks on GPUs of their own take all SMs there.
 int smsFor(int nRanks) { return nRanks <= gpuCount() ? 0 : 8; }
 
-TEST(GpuDecodeSteps, GraphReplays) {
+// A graph of one step in every layout, with the cast and without, replayed so many times.
+void graphReplays(ncclMoeMode_t mode, int nSteps) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
   for (const int nRanks : {2, 4}) {
@@ -199,7 +196,7 @@ TEST(GpuDecodeSteps, GraphReplays) {
     for (const ncclMoeLayout_t layout : kLayouts) {
       for (const bool cast : {false, true}) {
         StepRun r;
-        r.nSteps = iterations(600);
+        r.nSteps = nSteps;
         r.graph = true;
         r.shapes = {StepShape()};
         r.shapes[0].layout = layout;
@@ -207,10 +204,12 @@ TEST(GpuDecodeSteps, GraphReplays) {
         runs.push_back(r);
       }
     }
-    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs), "")
+    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs, nullptr, mode), "")
       << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
+TEST(GpuDecodeSteps, GraphReplays) { graphReplays(ncclMoeModeLatency, iterations(600)); }
+TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays(ncclMoeModeThroughput, iterations(300)); }
 
 // Three layers whose dispatches are all sent before any is completed, and so are their combines.
 TEST(GpuDecodeSteps, GraphReplaysOfPhases) {

@@ -195,19 +195,47 @@ std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mention
   return expectResult("async error", async, want, rank.comm(), mentions);
 }
 
-std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Reference& reference,
-                         const CombineProblem& problem) {
-  DispatchCall dispatch(reference, rank.rank(), DispatchStyle());
-  CombineCall combine(reference, problem, rank.rank(), false, 0);
-  RANK_TRY(rank.upload(dispatch, true));
-  RANK_TRY(rank.upload(combine, false));
+std::string CallPair::upload(GpuRank& rank, bool reachable) {
+  RANK_TRY(rank.upload(dispatch, reachable));
+  return rank.upload(combine, false);
+}
+
+std::string CallPair::enqueue(GpuRank& rank, ncclMoeRouting_t routing) const {
+  const bool inPhases = (dispatch.args().flags & NCCL_MOE_SEND_ONLY) != 0;
   RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
   RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_TRY(asyncIs(rank, ncclSuccess));
-  RANK_TRY(rank.download());
+  if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
+  return "";
+}
+
+std::string CallPair::verify() const {
   RANK_TRY(dispatch.verify());
-  RANK_TRY(combine.verify());
-  rank.forget();
+  return combine.verify();
+}
+
+std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue) {
+  cudaGraph_t captured = nullptr;
+  RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
+  RANK_TRY(enqueue());
+  RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
+  RANK_CUDA(cudaGraphInstantiate(graph, captured, 0));
+  RANK_CUDA(cudaGraphDestroy(captured));
+  return "";
+}
+
+std::string spoilIndex(const DispatchCall& call, int topK, int token, BadExpert bad) {
+  int64_t* idx = static_cast<int64_t*>(const_cast<void*>(call.args().topkIdx)) + token * topK;
+  int64_t value = static_cast<int64_t>(bad);
+  if (bad == BadExpert::repeated) RANK_CUDA(cudaMemcpy(&value, idx + 1, sizeof(value), cudaMemcpyDeviceToHost));
+  RANK_CUDA(cudaMemcpy(idx + 2, &value, sizeof(value), cudaMemcpyHostToDevice));
+  return "";
+}
+
+std::string meetAll(GpuRank& rank, Meeting& meeting, int nRanks) {
+  const int one = 1;
+  std::vector<int> all(static_cast<size_t>(nRanks));
+  RANK_CHECK(meet(meeting, rank.rank(), &one, sizeof(one), all.data()));
   return "";
 }
 

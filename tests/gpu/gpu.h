@@ -95,14 +95,56 @@ template <class Call> std::string GpuRank::upload(Call& call, bool reachable) {
   return wrong;
 }
 
+// All ranks have come here.
+std::string meetAll(GpuRank& rank, Meeting& meeting, int nRanks);
+
 // Waits for the rank's stream, not for the device, where another rank's kernel may wait for this rank's next.
 std::string asyncIs(GpuRank& rank, ncclResult_t want, const std::string& mentions = "");
 
+// A rank's dispatch and combine of a case, which must outlive them.
+struct CallPair {
+  template <class Case>
+  CallPair(const GpuRank& rank, const Case& e, const DispatchStyle& style = DispatchStyle())
+    : dispatch(*e.reference, rank.rank(), style),
+      combine(*e.reference, e.combine, rank.rank(), false, style.flags & NCCL_MOE_SEND_ONLY) {}
+  std::string upload(GpuRank& rank, bool reachable); // dispatch's rows
+  // One after the other, with their second halves where the style has halves.
+  std::string enqueue(GpuRank& rank, ncclMoeRouting_t routing) const;
+  std::string verify() const; // what has been downloaded
+
+  DispatchCall dispatch;
+  CombineCall combine;
+};
+
 // A dispatch and a combine, checked.
-std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Reference& reference,
-                         const CombineProblem& combine);
 template <class Case> std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t routing, const Case& e) {
-  return exchangeOnce(rank, routing, *e.reference, e.combine);
+  CallPair calls(rank, e);
+  RANK_TRY(calls.upload(rank, true));
+  RANK_TRY(calls.enqueue(rank, routing));
+  RANK_TRY(asyncIs(rank, ncclSuccess));
+  RANK_TRY(rank.download());
+  RANK_TRY(calls.verify());
+  rank.forget();
+  return "";
+}
+
+// What is enqueued on the rank's stream, as a graph.
+std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue);
+
+// Makes selection 2 of a token, on the device, one that it cannot be where there are 16 experts.
+enum class BadExpert : int64_t { repeated = INT64_MIN, past = 16, negative = -2, huge = int64_t{1} << 40 };
+constexpr BadExpert kBadExperts[] = {BadExpert::past, BadExpert::negative, BadExpert::huge, BadExpert::repeated};
+std::string spoilIndex(const DispatchCall& call, int topK, int token, BadExpert bad);
+
+// After a communicator has failed: the context lives and calls are refused.
+template <class Case> std::string refusesCalls(GpuRank& rank, ncclMoeRouting_t routing, const Case& e) {
+  DispatchCall call(*e.reference, rank.rank(), DispatchStyle());
+  rank.forget();
+  RANK_TRY(rank.upload(call, true));
+  RANK_CHECK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()) != ncclSuccess);
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  RANK_CUDA(cudaGetLastError());
+  return "";
 }
 
 // Runs the ranks in fresh processes; the time limit makes a hang a failure.  runGpu returns all the failures, runGpuRanks

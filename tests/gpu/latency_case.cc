@@ -184,11 +184,4 @@ std::string runDecode(const World& world, const DecodeRun& run, const DecodeBody
   return failures;
 }
 
-std::string meetAll(GpuRank& rank, Meeting& meeting, int nRanks) {
-  const int one = 1;
-  std::vector<int> all(static_cast<size_t>(nRanks));
-  RANK_CHECK(meet(meeting, rank.rank(), &one, sizeof(one), all.data()));
-  return "";
-}
-
 } // namespace moe::test

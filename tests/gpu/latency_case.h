@@ -48,8 +48,6 @@ struct DecodeRun {
 using DecodeBody = std::function<std::string(GpuRank& rank, Meeting& meeting)>;
 std::vector<std::string> runDecodeRanks(const World& world, const DecodeRun& run, const DecodeBody& body);
 std::string runDecode(const World& world, const DecodeRun& run, const DecodeBody& body);
-// All ranks have come here.
-std::string meetAll(GpuRank& rank, Meeting& meeting, int nRanks);
 
 class Stream {
  public:

@@ -36,17 +36,6 @@ std::string makeRouting(GpuRank& rank, const DecodeShape& shape, ncclMoeRouting_
   return "";
 }
 
-// After a communicator has failed: the context lives and calls are refused.
-std::string aftermath(GpuRank& rank, ncclMoeRouting_t routing, const DecodeCase& e) {
-  DispatchCall call(*e.reference, rank.rank(), DispatchStyle());
-  rank.forget();
-  RANK_TRY(rank.upload(call, true));
-  RANK_CHECK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()) != ncclSuccess);
-  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
-  RANK_CUDA(cudaGetLastError());
-  return "";
-}
-
 // What rank 1 leaves out.
 enum class Missing { dispatch, dispatchInPhases, combine, completion };
 
@@ -88,7 +77,7 @@ void rankIsMissing(Missing missing, int nRanks) {
     const long long took = millisecondsSince(start);
     RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 1"));
     RANK_CHECK(took > 500 && took < 1400, "it took %lld ms", took);
-    return aftermath(rank, routing, e);
+    return refusesCalls(rank, routing, e);
   });
   EXPECT_EQ(wrong, "");
 }
@@ -120,23 +109,14 @@ TEST(GpuLatencyErrors, RankThatStopsReplayingIsNamed) {
   const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
     ncclMoeRouting_t routing = nullptr;
     RANK_TRY(makeRouting(rank, shape, &routing));
-    DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
-    CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-    RANK_TRY(rank.upload(dispatch, true));
-    RANK_TRY(rank.upload(combine, false));
-    cudaGraph_t captured = nullptr;
+    CallPair calls(rank, e);
+    RANK_TRY(calls.upload(rank, true));
     cudaGraphExec_t graph = nullptr;
-    RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
-    RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-    RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-    RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-    RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-    RANK_CUDA(cudaGraphDestroy(captured));
+    RANK_TRY(capture(rank, &graph, [&] { return calls.enqueue(rank, routing); }));
     RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
     RANK_TRY(asyncIs(rank, ncclSuccess));
     RANK_TRY(rank.download());
-    RANK_TRY(dispatch.verify());
-    RANK_TRY(combine.verify());
+    RANK_TRY(calls.verify());
     RANK_TRY(meetAll(rank, meeting, 2));
     if (rank.rank() == 1) {
       sleepMs(1500);
@@ -187,7 +167,7 @@ TEST(GpuLatencyErrors, AbortEndsTheWait) {
           const long long took = millisecondsSince(start);
           RANK_CHECK(took >= 150 && took < 2000, "it took %lld ms", took);
           RANK_TRY(asyncIs(rank, ncclRemoteError, "aborted"));
-          RANK_TRY(aftermath(rank, routing, e));
+          RANK_TRY(refusesCalls(rank, routing, e));
         }
         RANK_TRY(meetAll(rank, *meeting, 2));
         RANK_TRY(rank.destroy());
@@ -216,7 +196,7 @@ TEST(GpuLatencyErrors, KilledRankIsNamed) {
     RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 1"));
     const long long took = millisecondsSince(start);
     RANK_CHECK(took < 4000, "it took %lld ms", took);
-    return aftermath(rank, routing, e);
+    return refusesCalls(rank, routing, e);
   });
   EXPECT_EQ(said[0], "");
   EXPECT_NE(said[1], "");
@@ -287,7 +267,7 @@ TEST(GpuLatencyErrors, RanksThatDisagreeAreNamed) {
             RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
           }
           RANK_TRY(asyncIs(rank, ncclInvalidUsage, r == 0 ? "rank 1" : "rank 0"));
-          return aftermath(rank, routing, e);
+          return refusesCalls(rank, routing, e);
         }();
         if (!bad.empty()) return std::string(difference.name) + ": " + bad;
         RANK_TRY(rank.destroy());
@@ -311,7 +291,7 @@ TEST(GpuLatencyErrors, CallsOfDifferentRoutingsTimeOut) {
     RANK_TRY(meetAll(rank, meeting, 2));
     RANK_OK(ncclMoeDispatch(&dispatch.args(), routings[rank.rank()], rank.comm(), rank.stream()), rank.comm());
     RANK_TRY(asyncIs(rank, ncclRemoteError, rank.rank() == 0 ? "from rank 1" : "from rank 0"));
-    return aftermath(rank, routings[0], e);
+    return refusesCalls(rank, routings[0], e);
   });
   EXPECT_EQ(wrong, "");
 }
@@ -324,17 +304,12 @@ TEST(GpuLatencyErrors, BadIndexNamesTokenAndPosition) {
     ncclMoeRouting_t routing = nullptr;
     RANK_TRY(makeRouting(rank, shape, &routing));
     for (const bool inPhases : {false, true}) {
-      for (const int64_t bad : {int64_t{16}, int64_t{-2}, int64_t{1} << 40, int64_t{-1000}}) {
+      for (const BadExpert bad : kBadExperts) {
         DispatchStyle style;
         if (inPhases) style.flags = NCCL_MOE_SEND_ONLY;
         DispatchCall call(*e.reference, rank.rank(), style);
         RANK_TRY(rank.upload(call, true));
-        if (rank.rank() == 0) {
-          int64_t* idx = static_cast<int64_t*>(const_cast<void*>(call.args().topkIdx)) + 3 * shape.topK;
-          int64_t value = bad;
-          if (bad == -1000) RANK_CUDA(cudaMemcpy(&value, idx + 1, 8, cudaMemcpyDeviceToHost)); // repeated
-          RANK_CUDA(cudaMemcpy(idx + 2, &value, 8, cudaMemcpyHostToDevice));
-        }
+        if (rank.rank() == 0) RANK_TRY(spoilIndex(call, shape.topK, 3, bad));
         RANK_OK(ncclMoeDispatch(&call.args(), routing, rank.comm(), rank.stream()), rank.comm());
         if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
         if (rank.rank() == 0) {

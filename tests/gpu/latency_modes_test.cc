@@ -37,14 +37,9 @@ TEST(GpuLatencyMode, BothModesAlternate) {
       for (int round = 0; round < kRounds; round++) {
         const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
         const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), decode);
-        DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
-          dispatchB(*b.reference, rank.rank(), DispatchStyle());
-        CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
-          combineB(*b.reference, b.combine, rank.rank(), false, 0);
-        RANK_TRY(rank.upload(dispatchA, round % 3 == 0));
-        RANK_TRY(rank.upload(dispatchB, round % 3 == 1));
-        RANK_TRY(rank.upload(combineA, false));
-        RANK_TRY(rank.upload(combineB, false));
+        CallPair callsA(rank, a), callsB(rank, b);
+        RANK_TRY(callsA.upload(rank, round % 3 == 0));
+        RANK_TRY(callsB.upload(rank, round % 3 == 1));
         const cudaStream_t streamB = round % 2 == 0 ? rank.stream() : static_cast<cudaStream_t>(other);
         int nA = 0, nB = 0;
         while (nA + nB < 4) {
@@ -52,21 +47,18 @@ TEST(GpuLatencyMode, BothModesAlternate) {
           int& n = first ? nA : nB;
           const ncclMoeRouting_t routing = first ? large : small;
           const cudaStream_t stream = first ? rank.stream() : streamB;
+          const CallPair& calls = first ? callsA : callsB;
           if (n++ == 0) {
-            RANK_OK(ncclMoeDispatch(first ? &dispatchA.args() : &dispatchB.args(), routing, rank.comm(), stream),
-                    rank.comm());
+            RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), routing, rank.comm(), stream), rank.comm());
           } else {
-            RANK_OK(ncclMoeCombine(first ? &combineA.args() : &combineB.args(), routing, rank.comm(), stream),
-                    rank.comm());
+            RANK_OK(ncclMoeCombine(&calls.combine.args(), routing, rank.comm(), stream), rank.comm());
           }
         }
         RANK_CUDA(cudaStreamSynchronize(other));
         RANK_TRY(asyncIs(rank, ncclSuccess));
         RANK_TRY(rank.download());
-        RANK_TRY(dispatchA.verify());
-        RANK_TRY(dispatchB.verify());
-        RANK_TRY(combineA.verify());
-        RANK_TRY(combineB.verify());
+        RANK_TRY(callsA.verify());
+        RANK_TRY(callsB.verify());
         int64_t nRows = 0;
         RANK_OK(ncclMoeRoutingGetCounts(small, rank.comm(), &nRows, nullptr), rank.comm());
         RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
@@ -100,27 +92,20 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
     const auto nap = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); };
     Random mine(seed + static_cast<uint64_t>(rank.rank()));
     for (int round = 0; round < kRounds; round++) {
-      DispatchCall dispatchA(*a.reference, rank.rank(), DispatchStyle()),
-        dispatchB(*b.reference, rank.rank(), DispatchStyle());
-      CombineCall combineA(*a.reference, a.combine, rank.rank(), false, 0),
-        combineB(*b.reference, b.combine, rank.rank(), false, 0);
-      RANK_TRY(rank.upload(dispatchA, false));
-      RANK_TRY(rank.upload(dispatchB, false));
-      RANK_TRY(rank.upload(combineA, false));
-      RANK_TRY(rank.upload(combineB, false));
+      CallPair callsA(rank, a), callsB(rank, b);
+      RANK_TRY(callsA.upload(rank, false));
+      RANK_TRY(callsB.upload(rank, false));
       // One of the streams is held up for a while, by nothing that takes SMs.
       RANK_CUDA(cudaLaunchHostFunc(chance(mine, 0.5) ? rank.stream() : static_cast<cudaStream_t>(other), nap, nullptr));
-      RANK_OK(ncclMoeDispatch(&dispatchA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
-      RANK_OK(ncclMoeDispatch(&dispatchB.args(), routings[1], rank.comm(), other), rank.comm());
-      RANK_OK(ncclMoeCombine(&combineA.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
-      RANK_OK(ncclMoeCombine(&combineB.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_OK(ncclMoeDispatch(&callsA.dispatch.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeDispatch(&callsB.dispatch.args(), routings[1], rank.comm(), other), rank.comm());
+      RANK_OK(ncclMoeCombine(&callsA.combine.args(), routings[0], rank.comm(), rank.stream()), rank.comm());
+      RANK_OK(ncclMoeCombine(&callsB.combine.args(), routings[1], rank.comm(), other), rank.comm());
       RANK_CUDA(cudaStreamSynchronize(other));
       RANK_TRY(asyncIs(rank, ncclSuccess));
       RANK_TRY(rank.download());
-      RANK_TRY(dispatchA.verify());
-      RANK_TRY(dispatchB.verify());
-      RANK_TRY(combineA.verify());
-      RANK_TRY(combineB.verify());
+      RANK_TRY(callsA.verify());
+      RANK_TRY(callsB.verify());
       rank.forget();
     }
     return "";

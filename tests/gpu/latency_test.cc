@@ -327,26 +327,13 @@ TEST(GpuLatencyMode, GraphReplaysWithChangingRoutings) {
           8 * shape.alignment;
         style.slack = static_cast<int>((most + 3) / 4 * 4 - e.reference->rowsNeeded(rank.rank()));
         rank.forget(kPiece);
-        DispatchCall dispatch(*e.reference, rank.rank(), style);
-        CombineCall combine(*e.reference, e.combine, rank.rank(), false, style.flags);
-        RANK_TRY(rank.upload(dispatch, true));
-        RANK_TRY(rank.upload(combine, false));
-        if (graph == nullptr) {
-          cudaGraph_t captured = nullptr;
-          RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
-          RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-          if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
-          RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
-          if (inPhases) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
-          RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
-          RANK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
-          RANK_CUDA(cudaGraphDestroy(captured));
-        }
+        CallPair calls(rank, e, style);
+        RANK_TRY(calls.upload(rank, true));
+        if (graph == nullptr) RANK_TRY(capture(rank, &graph, [&] { return calls.enqueue(rank, routing); }));
         RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
         RANK_TRY(asyncIs(rank, ncclSuccess));
         RANK_TRY(rank.download());
-        std::string bad = dispatch.verify();
-        if (bad.empty()) bad = combine.verify();
+        const std::string bad = calls.verify();
         if (!bad.empty()) {
           return bad + format(" in replay %d of %s, %s", replay, describe(e.reference->problem()).c_str(),
                               describe(e.combine).c_str());

@@ -4,7 +4,9 @@
 // must not share a device there.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "gpu/exchange_case.h"
 
@@ -44,24 +46,23 @@ uint64_t selectionsOfLost(const ExchangeCase& whole, int rank) {
   return n;
 }
 
+std::string setIds(GpuRank& rank, const DispatchCall& dispatch, const std::vector<int64_t>& ids) {
+  RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), ids.data(), sizeof(int64_t) * ids.size(),
+                            cudaMemcpyHostToDevice, rank.stream()));
+  return "";
+}
+
 // A dispatch and a combine of the case, checked.  ids: what topkIdx says instead of the case's.
 std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e, const std::vector<int64_t>* ids) {
   DispatchStyle style;
   style.slack = 64;
-  DispatchCall dispatch(*e.reference, rank.rank(), style);
-  CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
-  RANK_TRY(rank.upload(dispatch, false));
-  RANK_TRY(rank.upload(combine, false));
-  if (ids != nullptr) {
-    RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), ids->data(), sizeof(int64_t) * ids->size(),
-                              cudaMemcpyHostToDevice, rank.stream()));
-  }
-  RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
-  RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+  CallPair calls(rank, e, style);
+  RANK_TRY(calls.upload(rank, false));
+  if (ids != nullptr) RANK_TRY(setIds(rank, calls.dispatch, *ids));
+  RANK_TRY(calls.enqueue(rank, routing));
   RANK_TRY(asyncIs(rank, ncclSuccess));
   RANK_TRY(rank.download());
-  RANK_TRY(dispatch.verify());
-  RANK_TRY(combine.verify());
+  RANK_TRY(calls.verify());
   rank.forget();
   return "";
 }
@@ -170,8 +171,7 @@ TEST(GpuMask, OthersGoOnWithoutARankAndThenWithIt) {
                      (unsigned long long)expertTokens[l], (unsigned long long)want);
         }
       }
-      std::vector<int> ranks(kRanks);
-      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_TRY(meetAll(rank, *meeting, kRanks));
       RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 3), rank.comm());
       for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
       return rank.destroy();
@@ -196,10 +196,127 @@ TEST(GpuMask, ARankThatIsLeftInButDoesNotComeIsNamed) {
         RANK_TRY(expectResult("mask without rank 2", ncclMoeCommMaskRanks(rank.comm(), all, 5), ncclRemoteError,
                               rank.comm(), "ncclMoeCommMaskRanks from rank 2"));
       }
-      std::vector<int> ranks(kRanks);
-      RANK_CHECK(meet(*meeting, r, &r, sizeof(r), ranks.data()));
+      RANK_TRY(meetAll(rank, *meeting, kRanks));
       RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 6), rank.comm());
       RANK_TRY(exchange(rank, routing, e, nullptr));
+      return rank.destroy();
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// Captured with all ranks in, a graph leaves out those that are masked when it is launched.  Each launch has other tokens and
+// selections.
+TEST(GpuMask, GraphsFollowTheMasks) {
+  NEED_GPUS(1);
+  constexpr int kReplays = 4;
+  constexpr size_t kPiece = size_t{2} << 20; // the graph keeps addresses
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  const ExchangeCase first = makeExchange(seed, kRanks, kTokens, kTokens);
+  const int64_t mostRows = int64_t{kRanks} * kTokens * first.routing.topK +
+                           int64_t{first.world.nExperts / kRanks} * first.routing.expertAlignment;
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::processes, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      GpuRank rank(r, kRanks, r % nDevices);
+      const ncclMoeConfig_t config = latencyConfig(first);
+      RANK_TRY(rank.init(config, meeting, kArenaBytes));
+      ncclMoeRouting_t routing = nullptr;
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &first.routing), rank.comm());
+      cudaGraphExec_t graph = nullptr;
+      const auto replay = [&](uint64_t draw, bool masked) -> std::string {
+        const ExchangeCase whole = makeExchange(draw, kRanks, kTokens, kTokens);
+        const ExchangeCase rest = without(whole, draw + 1);
+        const ExchangeCase& e = masked ? rest : whole;
+        DispatchStyle style;
+        style.slack = static_cast<int>(mostRows - e.reference->rowsNeeded(r)); // the graph keeps the capacity
+        rank.forget(kPiece);
+        CallPair calls(rank, e, style);
+        RANK_TRY(calls.upload(rank, false));
+        RANK_TRY(setIds(rank, calls.dispatch, whole.reference->problem().sources[static_cast<size_t>(r)].topkIdx));
+        if (graph == nullptr) RANK_TRY(capture(rank, &graph, [&] { return calls.enqueue(rank, routing); }));
+        RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        RANK_TRY(calls.verify());
+        rank.forget();
+        return "";
+      };
+      const int without2[kRanks] = {0, 0, 1}, all[kRanks] = {0, 0, 0};
+      uint64_t draw = seed;
+      for (int i = 0; i < kReplays; i++) RANK_TRY(replay(++draw, false));
+      for (uint64_t generation = 1; generation < 5; generation += 2) {
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        if (r != kLost) RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, generation), rank.comm());
+        for (int i = 0; i < kReplays; i++) {
+          draw++;
+          if (r != kLost) RANK_TRY(replay(draw, true));
+        }
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, generation + 1), rank.comm());
+        for (int i = 0; i < kReplays; i++) RANK_TRY(replay(++draw, false));
+      }
+      RANK_CUDA(cudaGraphExecDestroy(graph));
+      return rank.destroy();
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// A rank that the others have left out is not dead but late: its dispatch, or its combine, sends to them while they go on.
+TEST(GpuMask, WhatALateRankSendsIsNotTakenForOthers) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 4, kLateTimeoutMs = 1500, kCalls = 8;
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  std::vector<ExchangeCase> wholes, rests;
+  for (int round = 0; round < kRounds; round++) {
+    const uint64_t draw = seed + 2 * static_cast<uint64_t>(round);
+    wholes.push_back(makeExchange(draw, kRanks, kTokens, kTokens));
+    rests.push_back(without(wholes.back(), draw + 1));
+  }
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::processes, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      GpuRank rank(r, kRanks, r % nDevices);
+      ncclMoeConfig_t config = latencyConfig(wholes[0]);
+      if (r == kLost) config.timeoutMs = kLateTimeoutMs;
+      RANK_TRY(rank.init(config, meeting, kArenaBytes));
+      ncclMoeRouting_t routing = nullptr;
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &wholes[0].routing), rank.comm());
+      const int without2[kRanks] = {0, 0, 1}, all[kRanks] = {0, 0, 0};
+      Random random(seed + static_cast<uint64_t>(r));
+      for (int round = 0; round < kRounds; round++) {
+        const ExchangeCase &whole = wholes[static_cast<size_t>(round)], &rest = rests[static_cast<size_t>(round)];
+        const bool lateCombine = round % 2 == 1;
+        const uint64_t generation = 2 * static_cast<uint64_t>(round) + 1;
+        RANK_TRY(exchange(rank, routing, whole, nullptr));
+        CallPair late(rank, whole);
+        if (lateCombine) {
+          RANK_TRY(late.upload(rank, false));
+          RANK_OK(ncclMoeDispatch(&late.dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+          RANK_TRY(asyncIs(rank, ncclSuccess));
+          if (r != kLost) rank.forget();
+        } else if (r == kLost) {
+          RANK_TRY(late.upload(rank, false));
+        }
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        if (r != kLost) RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, generation), rank.comm());
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        if (r == kLost) {
+          std::this_thread::sleep_for(std::chrono::microseconds(pick(random, 0, 20000)));
+          if (lateCombine) {
+            RANK_OK(ncclMoeCombine(&late.combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+          } else {
+            RANK_OK(ncclMoeDispatch(&late.dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+          }
+          RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 2 waited"));
+          rank.forget();
+        } else {
+          const std::vector<int64_t>& ids = whole.reference->problem().sources[static_cast<size_t>(r)].topkIdx;
+          for (int i = 0; i < kCalls; i++) RANK_TRY(exchange(rank, routing, rest, &ids));
+        }
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, generation + 1), rank.comm());
+      }
+      RANK_TRY(exchange(rank, routing, wholes[0], nullptr));
       return rank.destroy();
     });
   EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
