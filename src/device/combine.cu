@@ -107,10 +107,10 @@ __device__ __forceinline__ int listExact(const CombineArgs& a, RowList& list, co
   if (token.rank >= 0) {
     const int at = __popc(rows & ((1u << lane) - 1));
     const bool own = token.rank == c.rank;
-    list.rows[at] =
-      reinterpret_cast<const uint4*>(own ? a.x + static_cast<long long>(token.slot) * a.rowBytes
-                                         : c.self + c.layout.exactRowOf(t - a.firstToken, lane, a.routing.layout.topK)) +
-      begin;
+    list.rows[at] = reinterpret_cast<const uint4*>(
+                      own ? a.x + static_cast<long long>(token.slot) * a.rowBytes
+                          : c.self + c.layout.exactRowOf(t - a.firstToken, lane, a.routing.layout.topK)) +
+                    begin;
     list.weights[at] = !own                   ? __ldcg(exactWeights(c, c.self, token.rank, token.row) + lane)
                        : a.weights != nullptr ? a.weights[token.slot]
                                               : 1.0f;

@@ -15,12 +15,12 @@ namespace moe {
 struct CommView {
   int rank, nRanks, nExperts;
   CommLayout layout;
-  char* self;                // this rank's communicator window
-  char* const* windows;      // [kMaxWindows][nRanks] base of every window at every rank; window 0 is the communicator's
-  const uint32_t* homes;     // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
-  const int* positionRank;   // [nExperts] rank of a position
-  const int* rankStart;      // [nRanks+1] first position of a rank
-  Failure* failure;          // host memory
+  char* self;              // this rank's communicator window
+  char* const* windows;    // [kMaxWindows][nRanks] base of every window at every rank; window 0 is the communicator's
+  const uint32_t* homes;   // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
+  const int* positionRank; // [nExperts] rank of a position
+  const int* rankStart;    // [nRanks+1] first position of a rank
+  Failure* failure;        // host memory
   const volatile int* abortFlag; // host memory
   uint64_t timeoutNs;
 

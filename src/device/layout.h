@@ -89,14 +89,15 @@ struct RowPieces {
   int n, nVec;
   RowPieces() = default;
   MOE_HD explicit RowPieces(int vectorsOfRow) {
-    constexpr int kLeast = 64; // vectors of a piece: a flag and the handling of an item should not cost more than they bring
+    constexpr int kLeast =
+      64; // vectors of a piece: a flag and the handling of an item should not cost more than they bring
     n = vectorsOfRow / kLeast;
     n = n < 1 ? 1 : n > kMaxPieces ? kMaxPieces : n;
     nVec = (vectorsOfRow + n * 32 - 1) / (n * 32) * 32;
   }
 };
 
-constexpr int kMessageHeaders = 2;   // packets
+constexpr int kMessageHeaders = 2; // packets
 constexpr int kCountsPerPacket = 3;
 MOE_HD int countPackets(int nColumns) { return (nColumns + kCountsPerPacket - 1) / kCountsPerPacket; }
 

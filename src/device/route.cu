@@ -20,7 +20,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kMaxTogether = 4; // chunks that a block counts at a time
 constexpr int kWords = kChunkTokens / 32;
-constexpr size_t kStaticShared = 4096;                 // the kernel's own and the runtime's
+constexpr size_t kStaticShared = 4096;                     // the kernel's own and the runtime's
 constexpr size_t kPlainShared = 48 * 1024 - kStaticShared; // that a block has anywhere for the rest
 
 __device__ __forceinline__ int bitsBelow(const uint32_t* words, int bit) {
@@ -295,7 +295,8 @@ __device__ void solve(const RouteArgs& a, const Scratch& s) {
   }
   const int firstOwn = c.rankStart[c.rank], endOwn = c.rankStart[c.rank + 1];
   if (routing.kind == ncclMoeLayoutRankMajor) {
-    for (int p = firstOwn + static_cast<int>(threadIdx.x); p < endOwn; p += kThreads) expertTotal[p - firstOwn] = s.sums[p];
+    for (int p = firstOwn + static_cast<int>(threadIdx.x); p < endOwn; p += kThreads)
+      expertTotal[p - firstOwn] = s.sums[p];
     return;
   }
   // One warp a rank: groups start one after the other, rounded up to the alignment, or each at its plane.
@@ -336,8 +337,7 @@ __device__ void conclude(const RouteArgs& a, const long long* capacity) {
   const RoutingView& routing = a.routing;
   const RoutingLayout::PerRank* perRank = routing.perRank();
   const int r = threadIdx.x;
-  const bool fits =
-    r >= c.nRanks || routing.kind == ncclMoeLayoutExpertPadded || perRank[r].needed <= capacity[r];
+  const bool fits = r >= c.nRanks || routing.kind == ncclMoeLayoutExpertPadded || perRank[r].needed <= capacity[r];
   const int nLocal = c.rankStart[c.rank + 1] - c.rankStart[c.rank];
   const int* expertTotal = routing.ints(routing.layout.expertTotal);
   const int* expertOffset = routing.ints(routing.layout.expertOffset);
@@ -440,8 +440,8 @@ cudaError_t launchRoute(RouteArgs args, int numSms, cudaStream_t stream) {
   const int each = (nChunks + numSms - 1) / numSms;
   args.nTogether = std::max(1, std::min({each, kMaxTogether, static_cast<int>(kPlainShared / perChunk)}));
   const int nBlocks = std::max(1, std::min(numSms, (nChunks + args.nTogether - 1) / args.nTogether));
-  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, routeShared(args.routing.layout, args.nTogether), stream,
-                                 args);
+  return launchKernel<RouteArgs>(routeKernel, nBlocks, kThreads, routeShared(args.routing.layout, args.nTogether),
+                                 stream, args);
 }
 
 } // namespace moe
