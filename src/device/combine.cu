@@ -135,6 +135,7 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
                    : loadAcquire(flag) == epoch;
   }
   if (!__all_sync(~0u, arrived)) return false;
+  __syncwarp(); // orders the other lanes' loads after the flags; a vote orders nothing
   const bool here = token.rank == c.rank;
   const int nVec = span.end - span.begin;
   uint4* out = reinterpret_cast<uint4*>(a.out + static_cast<size_t>(t) * a.rowBytes) + span.begin;

@@ -23,7 +23,7 @@ struct DeviceRouting : RoutingState {
   RoutingLayout layout;
   std::unique_ptr<LatencyRouting> latency; // where latency mode serves it; layout is then unused
   HostMapped<RoutingOutcome> outcome;
-  UniqueEvent counted; // after the route kernel of the last dispatch
+  UniqueEvent counted; // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
   size_t bytes = 0;
 };

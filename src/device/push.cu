@@ -4,7 +4,8 @@
 // Warps take tokens, or pieces of their rows (RowWork), from a counter.  For each destination rank a warp stores the row (into the
 // first of its slots if peers reach recvX, otherwise into the communicator window), with the first piece the map, weights and the
 // caller's scales, and then posts the flags of the pieces, the epoch, which leave with release at system scope (flag_queue.cuh).
-// Between tokens a warp takes rows to deliver from a second counter: it checks the flags (acquire) and, once they are the epoch,
+// Between tokens a warp takes rows to deliver from a second counter: it checks the flags (acquire), for a piece of an expert
+// layout's row also the first piece's, behind which the map has come, and, once they are the epoch,
 // copies the row to its further slots and the small tensors to the caller's. Warps block on a flag only when all tokens have been
 // taken, and a warp that has taken a token never blocks before it has pushed it: so one resident block per rank is enough to
 // finish, whatever else occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout
@@ -296,10 +297,12 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
         }
       }
       const int lane = threadIdx.x & 31;
+      // With the first piece comes the map, which says where the others go but in RANK_MAJOR.
+      const bool alsoFirst = span.piece != 0 && a.routing.kind != ncclMoeLayoutRankMajor;
       bool arrived = true;
-      if (lane < span.nPieces) {
-        const uint32_t* flag =
-          reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlag(source, row, span.piece + lane));
+      if (lane < span.nPieces + (alsoFirst ? 1 : 0)) {
+        const int piece = lane < span.nPieces ? span.piece + lane : 0;
+        const uint32_t* flag = reinterpret_cast<const uint32_t*>(c.self + c.layout.rowFlag(source, row, piece));
         arrived = pushing ? loadAcquire(flag) == epoch
                           : waitUntil(c, kPhaseDispatchRow, source, epoch, [&] { return loadAcquire(flag) == epoch; });
       }
