@@ -19,7 +19,11 @@ namespace {
 
 // As many as leave the registers that each needs.
 template <bool kCast> constexpr int kThreads = kCast ? 640 : 896;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kUnroll = 3; // registers spill on sm_80 with 4
+#else
 constexpr int kUnroll = 4;
+#endif
 constexpr int kMaxDeliveriesPerPush = 4;
 
 struct WarpScratch {
@@ -268,8 +272,8 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
   const bool working = posted.open(epoch);
   bool pushing = working && state.go != 0, receiving = pushing && nRecv > 0;
   Items toPush(&ctl->pushNext, firstPush), toReceive(&ctl->recvNext, firstRecv);
-  int source = -1, row = 0; // taken, but not yet delivered
-  Span span{};
+  bool taken = false; // an item that is not yet delivered
+  uint32_t toDeliver = 0;
   while (pushing || receiving) {
     if (pushing) {
       const uint32_t item = toPush.next(pushWork.nItems());
@@ -281,20 +285,20 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
       }
     }
     for (int n = 0; receiving && (!pushing || n < kMaxDeliveriesPerPush); n++) {
-      if (source < 0) {
-        uint32_t item = toReceive.next(recvWork.nItems());
-        if (item >= recvWork.nItems()) {
-          receiving = false;
-          break;
-        }
-        item = recvWork.at(item, &span);
-        const int other = item % (c.nRanks - 1);
-        source = other + (other >= c.rank ? 1 : 0);
-        row = item / (c.nRanks - 1);
-        if (row >= perRank[source].recvRows) {
-          source = -1;
-          continue;
-        }
+      if (!taken) toDeliver = toReceive.next(recvWork.nItems());
+      if (toDeliver >= recvWork.nItems()) {
+        receiving = false;
+        break;
+      }
+      taken = true;
+      Span span;
+      const uint32_t index = recvWork.at(toDeliver, &span);
+      const int row = static_cast<int>(index / (c.nRanks - 1));
+      const int other = static_cast<int>(index) - row * (c.nRanks - 1);
+      const int source = other + (other >= c.rank ? 1 : 0);
+      if (row >= perRank[source].recvRows) {
+        taken = false;
+        continue;
       }
       const int lane = threadIdx.x & 31;
       // With the first piece comes the map, which says where the others go but in RANK_MAJOR.
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
       const float* weights = reinterpret_cast<const float*>(a.routing.self + a.routing.layout.weights);
       const float weight = selects && a.recvWeights != nullptr ? __ldcg(weights + at) : 0.0f;
       deliver(a, scratch, source, row, entry, weight, span);
-      source = -1;
+      taken = false;
     }
   }
   if (working) posted.leave();
