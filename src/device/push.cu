@@ -20,7 +20,7 @@ namespace {
 // As many as leave the registers that each needs.
 template <bool kCast> constexpr int kThreads = kCast ? 640 : 896;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kUnroll = 3; // registers spill on sm_80 with 4
+constexpr int kUnroll = 2; // registers spill on sm_80 with more
 #else
 constexpr int kUnroll = 4;
 #endif
