@@ -89,8 +89,7 @@ struct RowPieces {
   int n, nVec;
   RowPieces() = default;
   MOE_HD explicit RowPieces(int vectorsOfRow) {
-    constexpr int kLeast =
-      64; // vectors of a piece: a flag and the handling of an item should not cost more than they bring
+    constexpr int kLeast = 64; // vectors of a piece: its flag and its handling should not cost more than they bring
     n = vectorsOfRow / kLeast;
     n = n < 1 ? 1 : n > kMaxPieces ? kMaxPieces : n;
     nVec = (vectorsOfRow + n * 32 - 1) / (n * 32) * 32;
@@ -172,7 +171,7 @@ struct RoutingLayout {
     tokens = weights + align128(sizeof(float) * slots * k);
     selections = tokens + align128(sizeof(int) * slots);
     chunkBase = selections + align128(sizeof(Selection) * static_cast<size_t>(nTokens) * k);
-    expertBase = chunkBase + align128(sizeof(int) * static_cast<size_t>(nChunks + 1) * nColumns);
+    expertBase = chunkBase + align128(sizeof(int) * static_cast<size_t>(nChunks) * nColumns);
     expertTotal = expertBase + align128(sizeof(int) * experts);
     expertOffset = expertTotal + align128(sizeof(int) * (experts + 1));
     perRank = expertOffset + align128(sizeof(int) * (experts + 1));
