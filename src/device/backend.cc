@@ -99,8 +99,6 @@ ncclResult_t DeviceBackend::init() {
   CUDACHECK(prepareLatencyCombine());
   CUDACHECK(prepareMeet());
   MOECHECK(streamCreate(&own_));
-  MOECHECK(hostMappedAlloc(&failure_, sizeof(Failure)));
-  MOECHECK(hostMappedAlloc(&abortFlag_, sizeof(int)));
   MOECHECK(eventCreate(&eager_.event));
   MOECHECK(eventCreate(&captured_.event));
   MOECHECK(makeTables());
@@ -130,9 +128,7 @@ ncclResult_t DeviceBackend::drain() {
 
 void DeviceBackend::abandon() {
   for (auto& window : windows_) (void)window.release();
-  for (auto& routing : moe_.routings) (void)stateOf(*routing).outcome.release();
-  (void)failure_.release();
-  (void)abortFlag_.release();
+  (void)host_.release();
   tables_.abandon();
 }
 

@@ -17,12 +17,19 @@
 
 namespace moe {
 
+// What kernels tell the host and the host tells kernels, in host memory.  One allocation of the communicator's, for CUDA would
+// free it only when no kernel runs.  The outcomes of its routings follow, each at the number of its window.
+struct HostState {
+  Failure failure;
+  int abortFlag;
+};
+
 struct DeviceRouting : RoutingState {
   int id = 0;
   int window = -1;
   RoutingLayout layout;
   std::unique_ptr<LatencyRouting> latency; // where latency mode serves it; layout is then unused
-  HostMapped<RoutingOutcome> outcome;
+  RoutingOutcome* outcome = nullptr; // in the communicator's host memory
   UniqueEvent counted; // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
   size_t bytes = 0;
@@ -49,7 +56,7 @@ class DeviceBackend final : public Backend {
   ncclResult_t stats(ncclMoeCommStats_t* stats) override;
   int nScaleUpRanks() override { return moe_.nRanks; }
   bool onHost() override { return false; }
-  void abort() override { *reinterpret_cast<volatile int*>(abortFlag_.get()) = 1; }
+  void abort() override { *static_cast<volatile int*>(&host_->abortFlag) = 1; }
   ncclResult_t asyncError(std::string* sentence) override;
   ncclResult_t shutdown() override;
 
@@ -75,6 +82,8 @@ class DeviceBackend final : public Backend {
 
   // tables.cc
   ncclResult_t makeTables();
+  // Emptied.
+  RoutingOutcome* outcomeAt(int window);
   CommView view() const;
   RoutingView view(ncclMoeRouting& routing) const;
 
@@ -114,8 +123,7 @@ class DeviceBackend final : public Backend {
   bool overlaps_ = false; // the device can begin a kernel before the one that it follows has ended
   CommLayout layout_;
   CombineShapes combineShapes_;
-  HostMapped<Failure> failure_;
-  HostMapped<int> abortFlag_;
+  HostMapped<HostState> host_;
   DeviceMemory tables_;
   char** dWindows_ = nullptr;
   int *dRankOf_ = nullptr, *dRankStart_ = nullptr;

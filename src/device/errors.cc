@@ -6,7 +6,7 @@
 namespace moe {
 
 ncclResult_t DeviceBackend::failureOf(std::string* sentence) const {
-  const volatile Failure* f = failure_.get();
+  const volatile Failure* f = &host_->failure;
   static const char* const phases[] = {"",
                                        "the counts of dispatch",
                                        "the start of combine",
@@ -40,7 +40,7 @@ ncclResult_t DeviceBackend::failureOf(std::string* sentence) const {
 }
 
 ncclResult_t DeviceBackend::outcomeOf(const DeviceRouting& state, std::string* sentence) {
-  const volatile RoutingOutcome* o = state.outcome.get();
+  const volatile RoutingOutcome* o = state.outcome;
   char text[256];
   switch (o->code) {
   case kOutcomeOk:
@@ -62,7 +62,7 @@ ncclResult_t DeviceBackend::usable(const char* function) const {
   std::string sentence;
   const ncclResult_t result = failureOf(&sentence);
   if (result != ncclSuccess) return fail(result, "%s: the communicator has failed: %s", function, sentence.c_str());
-  if (*abortFlag_ != 0) return fail(ncclRemoteError, "%s: the communicator was aborted", function);
+  if (*static_cast<volatile const int*>(&host_->abortFlag) != 0) return fail(ncclRemoteError, "%s: the communicator was aborted", function);
   return ncclSuccess;
 }
 

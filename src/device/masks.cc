@@ -28,10 +28,10 @@ ncclResult_t DeviceBackend::maskRanks(const int* masked, uint64_t generation) {
   if (exactUsed_) {
     return fail(ncclInvalidUsage, "%s: the communicator has combined with NCCL_MOE_EXACT in latency mode", function);
   }
-  if (failure_->code != kFailTimeout) MOECHECK(usable(function));
+  if (host_->failure.code != kFailTimeout) MOECHECK(usable(function));
   MOECHECK(drain());
   generation_ = generation;
-  *failure_ = Failure{};
+  host_->failure = Failure{};
   CUDACHECK(cudaMemsetAsync(windows_[0]->self() + offsetof(Control, failed), 0, sizeof(Control::failed), own_.get()));
   MeetArgs meet{view(), 0, 2 * generation};
   for (int r = 0; r < moe_.nRanks; r++) meet.masked |= static_cast<unsigned long long>(masked[r]) << r;

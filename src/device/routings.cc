@@ -25,7 +25,6 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
     result =
       fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
   }
-  if (result == ncclSuccess) result = hostMappedAlloc(&state.outcome, sizeof(RoutingOutcome) + sizeof(int) * nLocal);
   if (result == ncclSuccess) result = eventCreate(&state.counted);
   state.id = nextRouting_++;
   MOECHECK(routingMemoryNeeded(c, &state.bytes));
@@ -45,9 +44,10 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
     }
   }
   MOECHECK(addWindow(state.bytes, true, &state.window));
+  state.outcome = outcomeAt(state.window);
   if (!latency) return ncclSuccess;
   state.latency =
-    std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome.get(), shared_);
+    std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome, shared_);
   const ncclResult_t emptied = state.latency->empty(own_.get());
   MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
   return emptied;
@@ -59,11 +59,7 @@ ncclResult_t DeviceBackend::routingCreate(ncclMoeRouting& routing) {
   MOECHECK(usable("ncclMoeRoutingCreate"));
   MOECHECK(nobodyMasked("ncclMoeRoutingCreate"));
   auto state = std::make_unique<DeviceRouting>();
-  const ncclResult_t result = routingMake(routing.config, *state);
-  if (result != ncclSuccess) {
-    if (bootstrap_->stuck()) (void)state->outcome.release(); // freeing would wait for the device
-    return result;
-  }
+  MOECHECK(routingMake(routing.config, *state));
   MOE_INFO("MoE routing %d: rank %d, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
            routing.config.topK, routing.config.maxTokens, routing.config.layout, state->bytes >> 10);
   std::lock_guard<std::mutex> lock(liveMutex_);
@@ -81,7 +77,6 @@ ncclResult_t DeviceBackend::routingDestroy(ncclMoeRouting& routing) {
     live_.erase(std::find(live_.begin(), live_.end(), &state));
   }
   releaseWindow(state.window);
-  if (bootstrap_->stuck()) (void)state.outcome.release();
   routing.state.reset();
   return result;
 }
@@ -105,7 +100,7 @@ ncclResult_t DeviceBackend::routingGetCounts(ncclMoeRouting& routing, int64_t* n
   MOECHECK(usable("ncclMoeRoutingGetCounts"));
   const int nLocal = config_.nLocal[moe_.rank];
   *nRows = state.outcome->nRows;
-  if (expertCounts != nullptr) memcpy(expertCounts, state.outcome.get() + 1, sizeof(int) * nLocal);
+  if (expertCounts != nullptr) memcpy(expertCounts, state.outcome + 1, sizeof(int) * nLocal);
   std::string sentence;
   const ncclResult_t result = outcomeOf(state, &sentence);
   return result == ncclSuccess ? result : fail(result, "%s", sentence.c_str());

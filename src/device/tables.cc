@@ -1,4 +1,6 @@
 // What the kernels of a communicator look up: where windows and experts are.
+#include <cstring>
+
 #include "device/device_backend.h"
 
 namespace moe {
@@ -6,6 +8,7 @@ namespace {
 
 size_t windowTableBytes(int nRanks) { return align128(sizeof(char*) * kMaxWindows * nRanks); }
 size_t expertTableBytes(int nExperts) { return align128(sizeof(int) * nExperts); }
+size_t outcomeBytes(int nLocal) { return align128(sizeof(RoutingOutcome) + sizeof(int) * nLocal); }
 size_t latencySharedBytes(int nExperts) {
   return align128(sizeof(LatencyShared) + sizeof(unsigned long long) * nExperts);
 }
@@ -35,6 +38,7 @@ ncclResult_t DeviceBackend::makeTables() {
   }
   const size_t windowBytes = windowTableBytes(moe_.nRanks);
   const size_t expertBytes = expertTableBytes(config_.nExperts);
+  MOECHECK(hostMappedAlloc(&host_, align128(sizeof(HostState)) + kMaxWindows * outcomeBytes(config_.nLocal[moe_.rank])));
   MOECHECK(tables_.alloc(tableBytes(config_, moe_.nRanks)));
   char* at = tables_.get();
   dWindows_ = reinterpret_cast<char**>(at);
@@ -49,6 +53,12 @@ ncclResult_t DeviceBackend::makeTables() {
   return ncclSuccess;
 }
 
+RoutingOutcome* DeviceBackend::outcomeAt(int window) {
+  const size_t bytes = outcomeBytes(config_.nLocal[moe_.rank]);
+  void* outcome = reinterpret_cast<char*>(host_.get()) + align128(sizeof(HostState)) + window * bytes;
+  return static_cast<RoutingOutcome*>(memset(outcome, 0, bytes));
+}
+
 CommView DeviceBackend::view() const {
   CommView v{};
   v.rank = moe_.rank;
@@ -60,8 +70,8 @@ CommView DeviceBackend::view() const {
   v.homes = dHomes_;
   v.positionRank = dRankOf_;
   v.rankStart = dRankStart_;
-  v.failure = failure_.get();
-  v.abortFlag = abortFlag_.get();
+  v.failure = &host_->failure;
+  v.abortFlag = &host_->abortFlag;
   v.timeoutNs = static_cast<uint64_t>(config_.timeoutMs) * 1000000;
   return v;
 }
@@ -74,7 +84,7 @@ RoutingView DeviceBackend::view(ncclMoeRouting& routing) const {
   v.window = state.window;
   v.kind = routing.config.layout;
   v.alignment = routing.config.expertAlignment;
-  v.outcome = state.outcome.get();
+  v.outcome = state.outcome;
   return v;
 }
 
