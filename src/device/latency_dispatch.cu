@@ -8,6 +8,8 @@
 // Then warps take (token, unit) items, wait for the packets and store them where the caller wants them.  The last block, where
 // there are several, tells the caller the counts instead.
 // See latency.cuh for packets, waits and who sends.
+#include <climits>
+
 #include "device/cast.cuh"
 #include "device/latency.cuh"
 
@@ -615,7 +617,7 @@ template <bool kCast> struct Packets {
   __device__ __forceinline__ Packets(const LatencyDispatchArgs& a, const Call& call, const Arrival& arrival, int unit) {
     const LatencyView& v = a.view;
     const int lane = threadIdx.x & 31, segment = unit - 1;
-    const int nPackets = unit == 0 ? 0 : a.wireBytes / kPacketBytes;
+    const int nPackets = unit == 0 ? INT_MIN : a.wireBytes / kPacketBytes; // unit 0 would have places before the record
     uint4* record = packets(own(v), v.layout.record(call.parity, arrival.source, arrival.t));
     at[0] = segment * kSegmentPackets + lane;
     at[1] = at[0] + 32;

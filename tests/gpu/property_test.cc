@@ -112,8 +112,9 @@ std::string runRounds(GpuRank& rank, const World& world, const std::vector<Round
   return "";
 }
 
-// Jobs from consecutive seeds in one process; the seed of the first that fails repeats it.
-void runJobs(ncclMoeMode_t mode, int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::threads) {
+// Jobs from consecutive seeds in one process; the seed of the first that fails repeats it.  maxTokens: of all, or -1.
+void runJobs(ncclMoeMode_t mode, int nJobs, int minRanks, int maxRanks, RanksAs as = RanksAs::threads,
+             int maxTokens = -1) {
   NEED_GPUS(1);
   const int nDevices = gpuCount();
   const uint64_t seed = testSeed();
@@ -128,6 +129,7 @@ void runJobs(ncclMoeMode_t mode, int nJobs, int minRanks, int maxRanks, RanksAs 
       WorldLimits limits;
       limits.minRanks = limits.maxRanks = nRanks;
       worlds.push_back(randomWorld(random, limits));
+      if (maxTokens >= 0) worlds.back().maxTokens = maxTokens;
       jobs.emplace_back();
       for (int n = 0; n < 2; n++) {
         const auto layout = static_cast<ncclMoeLayout_t>((2 * j + n) % 3); // no number of ranks lacks one
@@ -216,6 +218,7 @@ void manyIterations(ncclMoeMode_t mode) {
 
 TEST(GpuProperty, ManyIterations) { manyIterations(ncclMoeModeThroughput); }
 TEST(GpuProperty, ManyIterationsInLatencyMode) { manyIterations(ncclMoeModeLatency); }
+TEST(GpuProperty, OneToken) { runJobs(ncclMoeModeThroughput, 12, 2, 4, RanksAs::threads, 1); }
 TEST(GpuProperty, OneRank) { runJobs(ncclMoeModeThroughput, 12, 1, 1); }
 TEST(GpuProperty, TwoRanks) { runJobs(ncclMoeModeThroughput, 36, 2, 2); }
 TEST(GpuProperty, ThreeAndFourRanks) { runJobs(ncclMoeModeThroughput, 12, 3, 4); }
@@ -230,6 +233,8 @@ TEST(GpuProperty, EightProcesses) {
   runJobs(ncclMoeModeThroughput, 6, 8, 8, RanksAs::processes);
 }
 
+// The smallest windows: what is read or written beside a record leaves them.
+TEST(GpuLatency, OneToken) { runJobs(ncclMoeModeLatency, 12, 2, 4, RanksAs::threads, 1); }
 TEST(GpuLatency, OneRank) { runJobs(ncclMoeModeLatency, 12, 1, 1); }
 TEST(GpuLatency, TwoRanks) { runJobs(ncclMoeModeLatency, 36, 2, 2); }
 TEST(GpuLatency, ThreeAndFourRanks) { runJobs(ncclMoeModeLatency, 12, 3, 4); }
