@@ -60,11 +60,13 @@ class RankRun {
     if (observer_ != nullptr) observer_->progress(size, nSizes, what);
   }
 
-  // The rows that every rank's receive tensors get: the most that one needs.  A multiple of 4, as column-major scales
-  // want it.
+  // The rows that every rank's receive tensors get: the most that one needs; in a graph, which is replayed whatever the routing, the
+  // most that any routing needs.  A multiple of 4, as column-major scales want it.
   int64_t capacityOf(const Shape& shape, const Routing& routing) const {
     int64_t most = 0;
-    for (int r = 0; r < shape.nRanks; r++) most = std::max(most, slotsOf(shape, routing, r));
+    for (int r = 0; r < shape.nRanks; r++) {
+      most = std::max(most, o_.graphCalls > 0 ? mostSlotsOf(shape, r) : slotsOf(shape, routing, r));
+    }
     return shape.layout == ncclMoeLayoutExpertPadded ? most : (most + 3) / 4 * 4;
   }
 

@@ -126,6 +126,13 @@ int64_t slotsOf(const Shape& s, const Routing& routing, int rank) {
   return nSlots;
 }
 
+int64_t mostSlotsOf(const Shape& s, int rank) {
+  const int64_t tokens = int64_t{s.nRanks} * s.nTokens, nLocal = nLocalExperts(s, rank);
+  if (s.layout == ncclMoeLayoutRankMajor) return tokens;
+  if (s.layout == ncclMoeLayoutExpertPadded) return nLocal * tokens;
+  return tokens * std::min<int64_t>(s.topK, nLocal) + nLocal * (s.align - 1);
+}
+
 Traffic trafficOf(const Shape& s, const Routing& routing) {
   int64_t pairs = 0;      // (token, other rank)
   int64_t selections = 0; // of experts on other ranks

@@ -70,6 +70,7 @@ Delivery deliveryOf(const Shape& shape, const Routing& routing, int rank);
 
 // N of a rank without building its delivery; the slots of all planes in EXPERT_PADDED.
 int64_t slotsOf(const Shape& shape, const Routing& routing, int rank);
+int64_t mostSlotsOf(const Shape& shape, int rank); // with any routing
 
 // Bytes that move, means over ranks.
 struct Traffic {

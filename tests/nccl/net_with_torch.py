@@ -6,13 +6,75 @@
 Every rank pretends to be a node of its own (NCCL_HOSTID), so that all traffic goes through the network; several ranks may
 share a GPU.  Data are random from a printed seed and checked exactly.  NCCL_NET names the plugin's network, so that NCCL
 cannot fall back to its own in silence.  --net Socket runs the same on NCCL's own transport, for comparison.
+
+Another NCCL than PyTorch's: put its libnccl.so.2 into DIR/nvidia/nccl/lib and set PYTHONPATH=DIR and
+LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2; the version that is printed is the one that ran.
 """
 import argparse
+import ctypes
 import os
 import subprocess
 import sys
 import tempfile
 import time
+
+
+def nccl_library():
+    """The NCCL of this process, PyTorch's or one that was preloaded, and its version."""
+    nccl, version = ctypes.CDLL("libnccl.so.2"), ctypes.c_int()
+    nccl.ncclGetVersion(ctypes.byref(version))
+    return nccl, version.value
+
+
+def bench(args, torch):
+    """Ranks 0 and 1 send to each other, as nccl-tests' sendrecv_perf does: NCCL's own calls, many in the stream at a time, so
+    that neither PyTorch nor the host's waiting is timed."""
+    nccl, version = nccl_library()
+
+    def ok(result):
+        if result != 0:
+            raise SystemExit(f"rank {args.rank}: NCCL returned {result}")
+
+    class UniqueId(ctypes.Structure):
+        _fields_ = [("internal", ctypes.c_char * 128)]
+
+    unique, path = UniqueId(), args.rendezvous + ".id"
+    if args.rank == 0:
+        ok(nccl.ncclGetUniqueId(ctypes.byref(unique)))
+        with open(path + ".new", "wb") as file:
+            file.write(bytes(unique))
+        os.rename(path + ".new", path)
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    with open(path, "rb") as file:
+        ctypes.memmove(ctypes.byref(unique), file.read(), ctypes.sizeof(unique))
+    comm, peer = ctypes.c_void_p(), 1 - args.rank
+    ok(nccl.ncclCommInitRank(ctypes.byref(comm), 2, unique, args.rank))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    for bytes_ in args.bench:
+        x = torch.ones(bytes_, dtype=torch.uint8, device="cuda")
+        y = torch.zeros_like(x)
+        to, of, size, char = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_size_t(bytes_), 0
+        calls = max(5, min(1000, (100 << 20) // bytes_))
+        times = []
+        for turn in range(11):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                nccl.ncclGroupStart()
+                nccl.ncclSend(to, size, char, peer, comm, stream)
+                nccl.ncclRecv(of, size, char, peer, comm, stream)
+                ok(nccl.ncclGroupEnd())
+            torch.cuda.synchronize()
+            if turn > 0:
+                times.append((time.perf_counter() - start) / calls * 1e6)
+        if bool((y != 1).any()):
+            raise SystemExit(f"rank {args.rank}: {bytes_} bytes came wrong")
+        if args.rank == 0:
+            us = sorted(times)[len(times) // 2]
+            print(f"{args.net}, NCCL {version}: send and receive of {bytes_} bytes: {us:.1f} us "
+                  f"({min(times):.1f} to {max(times):.1f}), {bytes_ / us * 1e-3:.2f} GB/s each way", flush=True)
+    ok(nccl.ncclCommDestroy(comm))
 
 
 def rank_main(args):
@@ -59,34 +121,10 @@ def rank_main(args):
             work.wait()
         check("send and receive", out, all_[of][:count])
     if rank == 0 and checks:
-        print(f"{nodes} nodes, NCCL {torch.cuda.nccl.version()}: {checks} checks, 0 wrong", flush=True)
+        print(f"{nodes} nodes, NCCL {nccl_library()[1]}: {checks} checks, 0 wrong", flush=True)
 
-    if args.bench:
-        for bytes_ in args.bench:
-            calls = max(10, min(3000, (40 << 20) // bytes_))
-            x = torch.ones(max(1, bytes_ // 4), device=device)
-            y = torch.empty_like(x)
-
-            def once():
-                ops = [dist.P2POp(dist.isend, x, 1), dist.P2POp(dist.irecv, y, 1)] if rank == 0 else \
-                      [dist.P2POp(dist.isend, x, 0), dist.P2POp(dist.irecv, y, 0)]
-                if rank < 2:
-                    for work in dist.batch_isend_irecv(ops):
-                        work.wait()
-
-            times = []
-            for i in range(calls + 5):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                once()
-                torch.cuda.synchronize()
-                if i >= 5:
-                    times.append(time.perf_counter() - start)
-            times.sort()
-            us, least = times[len(times) // 2] * 1e6, times[0] * 1e6
-            if rank == 0:
-                print(f"send and receive of {bytes_} bytes, both ways: {us:.1f} us (least {least:.1f}), "
-                      f"{bytes_ / us * 1e-3:.2f} GB/s each way", flush=True)
+    if args.bench and rank < 2:
+        bench(args, torch)
     dist.destroy_process_group()
 
 
@@ -98,7 +136,7 @@ def main():
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=int, default=120)
     parser.add_argument("--bench", nargs="?", const="8,1048576,67108864", default="",
-                        help="times send and receive of these sizes in bytes (without a value: 8, 1 MiB, 64 MiB)")
+                        help="times send and receive, both ways at once, of these sizes in bytes (without a value: 8, 1 MiB, 64 MiB)")
     parser.add_argument("--no-checks", action="store_true", help="for --bench alone")
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
@@ -116,7 +154,7 @@ def main():
                 env["NCCL_NET_PLUGIN"] = "moe"
                 env["LD_LIBRARY_PATH"] = args.plugin + ":" + env.get("LD_LIBRARY_PATH", "")
             command = [sys.executable, os.path.abspath(__file__), "--rank", str(rank), "--rendezvous", folder + "/meet",
-                       "--nodes", str(args.nodes), "--seed", str(args.seed)] + \
+                       "--nodes", str(args.nodes), "--seed", str(args.seed), "--net", args.net] + \
                       (["--bench", bench] if bench else []) + (["--no-checks"] if args.no_checks else [])
             ranks.append(subprocess.Popen(command, env=env))
         deadline = time.time() + args.timeout

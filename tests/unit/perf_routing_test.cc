@@ -191,6 +191,7 @@ TEST(PerfReference, DeliversAndCountsAsByHand) {
   EXPECT_EQ(d.rows[3].source, 2);
   EXPECT_EQ(d.rows[3].token, 1);
   EXPECT_EQ(slotsOf(s, routing, 0), 4);
+  EXPECT_EQ(mostSlotsOf(s, 0), 6); // all tokens
   // To other ranks: (0,1)->1, (1,0)->2, (2,0)->0 and ->1, (2,1)->0; it stays on rank 2 with expert 3.
   const Traffic traffic = trafficOf(s, routing);
   EXPECT_DOUBLE_EQ(traffic.wireDispatch, 5.0 * (16 + 2 * 8) / 3);
@@ -204,6 +205,7 @@ TEST(PerfReference, DeliversAndCountsAsByHand) {
   EXPECT_EQ(d.rowAt, (std::vector<int32_t>{0, 1, -1, -1, 2, 3, 4, -1}));
   EXPECT_EQ(d.rows[2].k, 1); // token (0,0) selects expert 1 second
   EXPECT_EQ(slotsOf(s, routing, 0), 8);
+  EXPECT_EQ(mostSlotsOf(s, 0), 6 * 2 + 2 * 3); // both experts of all tokens, and 3 rows of padding for each
   s.layout = ncclMoeLayoutExpertPadded;
   d = deliveryOf(s, routing, 0);
   EXPECT_EQ(d.rowAt.size(), 12u);
