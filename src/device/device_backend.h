@@ -29,8 +29,8 @@ struct DeviceRouting : RoutingState {
   int window = -1;
   RoutingLayout layout;
   std::unique_ptr<LatencyRouting> latency; // where latency mode serves it; layout is then unused
-  RoutingOutcome* outcome = nullptr; // in the communicator's host memory
-  UniqueEvent counted; // behind the last dispatch; with hostCounts behind its route kernel
+  RoutingOutcome* outcome = nullptr;       // in the communicator's host memory
+  UniqueEvent counted;                     // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
   size_t bytes = 0;
 };

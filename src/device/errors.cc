@@ -62,7 +62,8 @@ ncclResult_t DeviceBackend::usable(const char* function) const {
   std::string sentence;
   const ncclResult_t result = failureOf(&sentence);
   if (result != ncclSuccess) return fail(result, "%s: the communicator has failed: %s", function, sentence.c_str());
-  if (*static_cast<volatile const int*>(&host_->abortFlag) != 0) return fail(ncclRemoteError, "%s: the communicator was aborted", function);
+  if (*static_cast<volatile const int*>(&host_->abortFlag) != 0)
+    return fail(ncclRemoteError, "%s: the communicator was aborted", function);
   return ncclSuccess;
 }
 

@@ -38,7 +38,8 @@ ncclResult_t DeviceBackend::makeTables() {
   }
   const size_t windowBytes = windowTableBytes(moe_.nRanks);
   const size_t expertBytes = expertTableBytes(config_.nExperts);
-  MOECHECK(hostMappedAlloc(&host_, align128(sizeof(HostState)) + kMaxWindows * outcomeBytes(config_.nLocal[moe_.rank])));
+  MOECHECK(
+    hostMappedAlloc(&host_, align128(sizeof(HostState)) + kMaxWindows * outcomeBytes(config_.nLocal[moe_.rank])));
   MOECHECK(tables_.alloc(tableBytes(config_, moe_.nRanks)));
   char* at = tables_.get();
   dWindows_ = reinterpret_cast<char**>(at);
