@@ -126,7 +126,8 @@ typedef struct ncclMoeCommInfo {
   int nRanks;
   int nLocalExperts;  /* L */
   int onHost;         /* 1: host backend */
-  size_t memoryBytes; /* device memory that communicator and routings hold now, ncclMoeMemAlloc's not counted */
+  size_t memoryBytes; /* device memory that communicator and routings hold now, what is kept for later allocations
+                       * included, ncclMoeMemAlloc's not */
   int nScaleUpRanks;  /* ranks whose memory this rank reaches by loads and stores, itself included */
 } ncclMoeCommInfo_t;
 
@@ -189,7 +190,9 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
 
 /* Leaves ranks out of the communicator's calls, or takes them in again: after a rank has died or been slow for longer
  * than timeoutMs, the others go on without it.  Latency mode only: while any rank is masked, routings that throughput
- * mode serves cannot be used.
+ * mode serves cannot be used, and ncclMoeRoutingCreate and ncclMoeMemAlloc are refused.  A rank that was late may be
+ * taken in again; one whose process has ended cannot come back, a new communicator takes its place.  Ranks that are
+ * threads of one process and share a GPU must not call this: it waits for the device.
  *   masked      host memory [R]: 1 leaves the rank out.  A caller's own is 0.
  *   generation  larger than in any earlier call on this communicator, on any rank.
  * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable; waits
@@ -295,7 +298,7 @@ ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t mo
 
 /* ---------------------------------------------------------------------------------------------------- dispatch -- */
 
-/* How dispatch changes rows on their way.  A row has at most 4096 bytes of scales. */
+/* How dispatch changes rows on their way.  A row has at most 4096 bytes of scales (see scaleBytes). */
 typedef enum {
   ncclMoeQuantNone = 0,
   /* ncclBfloat16 rows become ncclMoeFloat8e4m3.  Each block of NCCL_MOE_SCALE_BLOCK elements of a row (the last may be
@@ -338,7 +341,8 @@ typedef struct ncclMoeDispatchArgs {
   ncclDataType_t topkIdxType; /* ncclInt32 or ncclInt64 */
   const float* topkWeights;   /* [T, K] or NULL */
   const void* scales;         /* [T, scaleBytes] opaque bytes that travel with the rows (FP8 rows' scales), or NULL */
-  int scaleBytes;             /* 0 to 4096, 0 without scales.  With quant it is the library's to know; leave it 0. */
+  int scaleBytes;             /* 0 to 4096, 0 without scales; on GPUs at most max(256, maxRowBytes / 16) of the
+                               * communicator.  With quant it is the library's to know; leave it 0. */
   ncclMoeQuant_t quant;
   ncclMoeScaleLayout_t scaleLayout;
   /* out */

@@ -87,7 +87,8 @@ ncclResult_t DeviceBackend::init() {
   CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
   MOECHECK(agree());
   layout_ = commLayout(config_, moe_.nRanks);
-  const size_t needed = layout_.bytes + tableBytes(config_, moe_.nRanks);
+  size_t needed = 0;
+  MOECHECK(deviceMemoryNeeded(config_, moe_.nRanks, &needed));
   if (config_.maxMemory != 0 && needed > config_.maxMemory) {
     return fail(ncclInvalidArgument, "ncclMoeCommInit: needs %zu bytes, more than config.maxMemory %zu", needed,
                 config_.maxMemory);
@@ -141,7 +142,7 @@ ncclResult_t DeviceBackend::shutdown() {
 }
 
 ncclResult_t deviceMemoryNeeded(const CommConfig& config, int nRanks, size_t* bytes) {
-  *bytes = commLayout(config, nRanks).bytes + tableBytes(config, nRanks);
+  *bytes = Window::memoryOf(commLayout(config, nRanks).bytes) + tableBytes(config, nRanks);
   return ncclSuccess;
 }
 

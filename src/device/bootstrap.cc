@@ -20,8 +20,13 @@ namespace {
 
 class NcclBootstrap : public DeviceBootstrap {
  public:
-  NcclBootstrap(const NcclSymbols& nccl, ncclComm_t comm, int nRanks, int timeoutMs, UniqueStream stream)
-    : nccl_(nccl), comm_(comm), nRanks_(nRanks), timeoutMs_(timeoutMs), stream_(std::move(stream)) {}
+  NcclBootstrap(const NcclSymbols& nccl, ncclComm_t comm, int nRanks, int timeoutMs)
+    : nccl_(nccl), comm_(comm), nRanks_(nRanks), timeoutMs_(timeoutMs) {}
+
+  ncclResult_t init() {
+    MOECHECK(streamCreate(&stream_));
+    return buffer_.alloc(kMostBytes * (nRanks_ + 1));
+  }
 
   ~NcclBootstrap() override {
     if (!stuck()) return;
@@ -33,10 +38,7 @@ class NcclBootstrap : public DeviceBootstrap {
     if (timedOut_) {
       return fail(ncclRemoteError, "an earlier ncclAllGather on the NCCL communicator did not finish in time");
     }
-    if (buffer_.size() < bytes * (nRanks_ + 1)) {
-      buffer_ = DeviceMemory();
-      MOECHECK(buffer_.alloc(bytes * (nRanks_ + 1)));
-    }
+    if (bytes > kMostBytes) return fail(ncclInternalError, "an exchange of %zu bytes a rank", bytes);
     char* gathered = buffer_.get() + bytes;
     cudaStream_t stream = stream_.get();
     CUDACHECK(cudaMemcpyAsync(buffer_.get(), mine, bytes, cudaMemcpyHostToDevice, stream));
@@ -73,6 +75,9 @@ class NcclBootstrap : public DeviceBootstrap {
   }
 
  private:
+  // Of a rank in an exchange.  One buffer for all: to replace it might wait for a kernel of NCCL that waits for this rank.
+  static constexpr size_t kMostBytes = 512;
+
   ncclResult_t tooLate() const {
     return fail(ncclRemoteError, "ncclAllGather on the NCCL communicator did not finish within %d ms", timeoutMs_);
   }
@@ -106,9 +111,9 @@ ncclResult_t ncclBootstrapCreate(std::unique_ptr<DeviceBootstrap>* bootstrap, nc
                                  int timeoutMs) {
   const NcclSymbols* nccl = nullptr;
   MOECHECK(ncclSymbols(&nccl));
-  UniqueStream stream;
-  MOECHECK(streamCreate(&stream));
-  *bootstrap = std::make_unique<NcclBootstrap>(*nccl, comm, nRanks, timeoutMs, std::move(stream));
+  auto made = std::make_unique<NcclBootstrap>(*nccl, comm, nRanks, timeoutMs);
+  MOECHECK(made->init());
+  *bootstrap = std::move(made);
   return ncclSuccess;
 }
 

@@ -32,7 +32,6 @@ struct DeviceRouting : RoutingState {
   RoutingOutcome* outcome = nullptr;       // in the communicator's host memory
   UniqueEvent counted;                     // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
-  size_t bytes = 0;
 };
 
 class DeviceBackend final : public Backend {
@@ -95,6 +94,7 @@ class DeviceBackend final : public Backend {
   ncclResult_t findWindow(const void* ptr, long long rows, long long rowBytes, int* window, long long* offset) const;
 
   // routings.cc
+  size_t windowBytes(const ncclMoeRoutingConfig_t& config) const;
   ncclResult_t routingMake(const ncclMoeRoutingConfig_t& config, DeviceRouting& state);
 
   // calls.cc

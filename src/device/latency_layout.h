@@ -46,7 +46,7 @@ struct LatencyState {
 struct LatencyShared {
   unsigned long long masked;                  // bit r: rank r takes no part
   unsigned long long leftOut;                 // selections that combine left out, for their ranks were masked
-  unsigned long long waitNs[kMaxDeviceRanks]; // time from a call's start to the peer's header
+  unsigned long long waitNs[kMaxDeviceRanks]; // spent waiting for the peer's headers
   // unsigned long long expertTokens[L] follows: rows that came for each local expert
 };
 

@@ -16,7 +16,6 @@
 //                     the local expert id (RANK_MAJOR); -1: that selection is not here
 //   weights[R][T][K]  its weights
 //   tokens[R][T]      expert layouts: its token's number at the source
-//   RoutingTables ... see below
 // T stands for maxTokens, K for top-k, rows and tables are aligned to 128 bytes.
 #pragma once
 

@@ -28,8 +28,8 @@ ncclResult_t DeviceBackend::maskRanks(const int* masked, uint64_t generation) {
   if (exactUsed_) {
     return fail(ncclInvalidUsage, "%s: the communicator has combined with NCCL_MOE_EXACT in latency mode", function);
   }
+  MOECHECK(drain()); // what fails meanwhile counts
   if (host_->failure.code != kFailTimeout) MOECHECK(usable(function));
-  MOECHECK(drain());
   generation_ = generation;
   host_->failure = Failure{};
   CUDACHECK(cudaMemsetAsync(windows_[0]->self() + offsetof(Control, failed), 0, sizeof(Control::failed), own_.get()));

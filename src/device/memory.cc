@@ -35,7 +35,11 @@ ncclResult_t DeviceBackend::addWindow(size_t bytes, bool zeroed, int* number) {
     return bootstrap_->allGather(&mine, sizeof(mine), all.data()); // nobody writes into it before it is zeroed
   }
   if (next == kMaxWindows) {
-    return fail(ncclInvalidUsage, "more than %d routings and allocations at a time", kMaxWindows - 1);
+    return fail(
+      ncclInvalidUsage,
+      "more than %d routings and allocations at a time; %zu of those that have gone are kept, for their ranks "
+      "share a process, but too small for %zu bytes on every rank",
+      kMaxWindows - 1, released_.count(), bytes);
   }
   auto window = std::make_unique<Window>();
   const ncclResult_t created = window->create(*bootstrap_, moe_.rank, moe_.nRanks, bytes, zeroed);
@@ -105,8 +109,11 @@ ncclResult_t DeviceBackend::findWindow(const void* ptr, long long rows, long lon
 }
 
 size_t DeviceBackend::memoryBytes() {
-  size_t bytes = layout_.bytes + tableBytes(config_, moe_.nRanks);
-  for (const auto& routing : moe_.routings) bytes += stateOf(*routing).bytes;
+  size_t bytes = tableBytes(config_, moe_.nRanks);
+  for (int w = 0; w < kMaxWindows; w++) {
+    const bool users = std::find(userWindows_.begin(), userWindows_.end(), w) != userWindows_.end();
+    if (windows_[w] != nullptr && !users) bytes += Window::memoryOf(windows_[w]->bytes());
+  }
   return bytes;
 }
 

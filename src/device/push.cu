@@ -196,10 +196,9 @@ __device__ __forceinline__ void pushToken(const PushArgs& a, WarpScratch& scratc
                                  : c.peer(token.rank) + c.layout.rowOf(token.rank, c.rank, token.row);
     scratch.rows[__popc(rows & below)] = reinterpret_cast<uint4*>(to);
   }
-  char* scalesTo = nullptr;
   if (token.leader) {
-    scalesTo = c.peer(token.rank) + c.layout.scales + c.layout.slot(c.rank, token.row) * c.layout.scaleStride;
-    scratch.scales[__popc(leaders & below)] = scalesTo;
+    scratch.scales[__popc(leaders & below)] =
+      c.peer(token.rank) + c.layout.scales + c.layout.slot(c.rank, token.row) * c.layout.scaleStride;
   }
   __syncwarp();
   const uint4* from = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(t) * a.rowBytes);

@@ -8,10 +8,15 @@
 
 namespace moe {
 
+size_t DeviceBackend::windowBytes(const ncclMoeRoutingConfig_t& config) const {
+  if (servedByLatency(config_, moe_.nRanks, config.maxTokens, config.topK)) {
+    return latencyLayout(config_, moe_.nRanks, config.maxTokens, config.topK).bytes;
+  }
+  return RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
+}
+
 ncclResult_t DeviceBackend::routingMemoryNeeded(const ncclMoeRoutingConfig_t& config, size_t* bytes) {
-  *bytes = servedByLatency(config_, moe_.nRanks, config.maxTokens, config.topK)
-             ? latencyLayout(config_, moe_.nRanks, config.maxTokens, config.topK).bytes
-             : RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
+  *bytes = Window::memoryOf(windowBytes(config));
   return ncclSuccess;
 }
 
@@ -27,7 +32,6 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
   }
   if (result == ncclSuccess) result = eventCreate(&state.counted);
   state.id = nextRouting_++;
-  MOECHECK(routingMemoryNeeded(c, &state.bytes));
   const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
                                 static_cast<int>(hash({c.layout, c.expertAlignment}))};
   std::vector<std::array<int, 4>> all(moe_.nRanks);
@@ -43,7 +47,7 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
       }
     }
   }
-  MOECHECK(addWindow(state.bytes, true, &state.window));
+  MOECHECK(addWindow(windowBytes(c), true, &state.window));
   state.outcome = outcomeAt(state.window);
   if (!latency) return ncclSuccess;
   state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome, shared_);
@@ -60,7 +64,7 @@ ncclResult_t DeviceBackend::routingCreate(ncclMoeRouting& routing) {
   auto state = std::make_unique<DeviceRouting>();
   MOECHECK(routingMake(routing.config, *state));
   MOE_INFO("MoE routing %d: rank %d, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
-           routing.config.topK, routing.config.maxTokens, routing.config.layout, state->bytes >> 10);
+           routing.config.topK, routing.config.maxTokens, routing.config.layout, windowBytes(routing.config) >> 10);
   std::lock_guard<std::mutex> lock(liveMutex_);
   live_.push_back(state.get());
   routing.state = std::move(state);

@@ -28,7 +28,7 @@ uint64_t processNumber() {
 }
 
 ncclResult_t makeOwn(DeviceMemory* memory, size_t bytes, bool zeroed, cudaIpcMemHandle_t* handle) {
-  MOECHECK(memory->alloc((bytes + kGranularity - 1) / kGranularity * kGranularity));
+  MOECHECK(memory->alloc(Window::memoryOf(bytes)));
   if (zeroed) {
     CUDACHECK(cudaMemset(memory->get(), 0, bytes));
     CUDACHECK(cudaDeviceSynchronize());
@@ -57,6 +57,8 @@ ncclResult_t enablePeer(int device, int rank) {
 }
 
 } // namespace
+
+size_t Window::memoryOf(size_t bytes) { return (bytes + kGranularity - 1) / kGranularity * kGranularity; }
 
 ncclResult_t Window::create(DeviceBootstrap& bootstrap, int rank, int nRanks, size_t bytes, bool zeroed) {
   own_ = std::make_shared<DeviceMemory>();

@@ -14,6 +14,8 @@ namespace moe {
 // at any time.
 class Window {
  public:
+  // Memory that a window of so many bytes takes.
+  static size_t memoryOf(size_t bytes);
   // Collective.  Zeroes this rank's memory where zeroed.
   ncclResult_t create(DeviceBootstrap& bootstrap, int rank, int nRanks, size_t bytes, bool zeroed);
   char* self() const { return own_->get(); }

@@ -1,5 +1,4 @@
 // What surrounds the collectives on GPUs: graphs, streams, several communicators, errors, ranks that are lost.
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 
@@ -15,14 +14,6 @@ namespace {
 
 constexpr size_t kArenaBytes = size_t{128} << 20;
 constexpr int kTimeLimitMs = 60000;
-
-ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs = 10000) {
-  ncclMoeConfig_t config = e.world.config();
-  config.mode = ncclMoeModeThroughput;
-  config.numSms = 8;
-  config.timeoutMs = timeoutMs;
-  return config;
-}
 
 // Makes a rank of the case and its routing, and runs the body.
 using Body = std::function<std::string(GpuRank& rank, ncclMoeRouting_t routing)>;
@@ -272,6 +263,31 @@ TEST(GpuBehaviour, KilledRankIsNamed) {
   EXPECT_NE(said[1], "");
 }
 
+// The same calls of two routings, in another order.
+TEST(GpuBehaviour, AnotherOrderOfRoutingsIsAnError) {
+  NEED_GPUS(1);
+  const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
+  const std::string wrong = runGpu(
+    2, RanksAs::threads, kTimeLimitMs,
+    withRank(
+      e,
+      [&](GpuRank& rank, ncclMoeRouting_t first) -> std::string {
+        ncclMoeRouting_t second = nullptr;
+        RANK_OK(ncclMoeRoutingCreate(&second, rank.comm(), &e.routing), rank.comm());
+        DispatchCall a(*e.reference, rank.rank(), DispatchStyle()), b(*e.reference, rank.rank(), DispatchStyle());
+        RANK_TRY(rank.upload(a, true));
+        RANK_TRY(rank.upload(b, true));
+        ncclMoeRouting_t order[] = {first, second};
+        if (rank.rank() == 1) std::swap(order[0], order[1]);
+        RANK_OK(ncclMoeDispatch(&a.args(), order[0], rank.comm(), rank.stream()), rank.comm());
+        (void)ncclMoeDispatch(&b.args(), order[1], rank.comm(), rank.stream()); // the first may have failed by now
+        RANK_TRY(asyncIs(rank, ncclInvalidUsage, rank.rank() == 0 ? "rank 1" : "rank 0"));
+        return refusesCalls(rank, first, e);
+      },
+      2000));
+  EXPECT_EQ(wrong, "");
+}
+
 TEST(GpuBehaviour, DisagreementIsAnError) {
   NEED_GPUS(1);
   const ExchangeCase e = makeExchange(testSeed(), 2, 50, 64);
@@ -292,9 +308,10 @@ TEST(GpuBehaviour, DisagreementIsAnError) {
 }
 
 // Rank 0 has one SM: its blocks run one after the other, and the first does all the work.  The last ones start when rank 1 is in
-// its next combine.
+// its next call.
 TEST(GpuBehaviour, BlocksThatStartLateFinish) {
   NEED_GPUS(2);
+  constexpr int kOccupiedMs = 800;
   const ExchangeCase e = makeExchange(testSeed(), 2, 100, 128);
   const std::string wrong =
     runGpu(2, RanksAs::threads, kTimeLimitMs,
@@ -302,8 +319,10 @@ TEST(GpuBehaviour, BlocksThatStartLateFinish) {
              e,
              [&](GpuRank& rank, ncclMoeRouting_t routing) -> std::string {
                RANK_TRY(exchangeOnce(rank, routing, e));
+               DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
                CombineCall first(*e.reference, e.combine, rank.rank(), false, 0),
                  second(*e.reference, e.combine, rank.rank(), false, 0);
+               RANK_TRY(rank.upload(dispatch, false));
                RANK_TRY(rank.upload(first, false));
                RANK_TRY(rank.upload(second, false));
                cudaStream_t other = nullptr;
@@ -312,13 +331,20 @@ TEST(GpuBehaviour, BlocksThatStartLateFinish) {
                  int nSms = 0;
                  RANK_CUDA(cudaDeviceGetAttribute(&nSms, cudaDevAttrMultiProcessorCount, 0));
                  RANK_CUDA(occupySms(0, 0, other));
-                 RANK_CUDA(occupySms(nSms - 1, 500, other));
+                 RANK_CUDA(occupySms(nSms - 1, kOccupiedMs, other));
                  std::this_thread::sleep_for(std::chrono::milliseconds(50)); // they are there
                }
+               RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
                RANK_OK(ncclMoeCombine(&first.args(), routing, rank.comm(), rank.stream()), rank.comm());
                RANK_OK(ncclMoeCombine(&second.args(), routing, rank.comm(), rank.stream()), rank.comm());
                RANK_TRY(asyncIs(rank, ncclSuccess));
+               if (rank.rank() == 0) {
+                 RANK_CHECK(cudaStreamQuery(other) == cudaErrorNotReady, "it took until the SMs were free, after %d ms",
+                            kOccupiedMs);
+                 (void)cudaGetLastError();
+               }
                RANK_TRY(rank.download());
+               RANK_TRY(dispatch.verify());
                RANK_TRY(first.verify());
                RANK_TRY(second.verify());
                RANK_CUDA(cudaStreamSynchronize(other));
@@ -476,207 +502,31 @@ TEST(GpuBehaviour, MemoryIsAsStatedAndComesBack) {
   EXPECT_EQ(wrong, "");
 }
 
-// NCCL, opened as a program that links it would have it.
-struct Nccl {
-  decltype(&ncclGetUniqueId) getUniqueId = nullptr;
-  decltype(&ncclCommInitRank) commInitRank = nullptr;
-  decltype(&ncclCommInitRankConfig) commInitRankConfig = nullptr;
-  decltype(&ncclCommGetAsyncError) commGetAsyncError = nullptr;
-  decltype(&ncclCommDestroy) commDestroy = nullptr;
-  decltype(&ncclCommAbort) commAbort = nullptr;
-  decltype(&ncclCommSplit) commSplit = nullptr;
-  bool open() {
-    void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
-    if (library == nullptr) return false;
-    getUniqueId = reinterpret_cast<decltype(getUniqueId)>(dlsym(library, "ncclGetUniqueId"));
-    commInitRank = reinterpret_cast<decltype(commInitRank)>(dlsym(library, "ncclCommInitRank"));
-    commInitRankConfig = reinterpret_cast<decltype(commInitRankConfig)>(dlsym(library, "ncclCommInitRankConfig"));
-    commGetAsyncError = reinterpret_cast<decltype(commGetAsyncError)>(dlsym(library, "ncclCommGetAsyncError"));
-    commDestroy = reinterpret_cast<decltype(commDestroy)>(dlsym(library, "ncclCommDestroy"));
-    commAbort = reinterpret_cast<decltype(commAbort)>(dlsym(library, "ncclCommAbort"));
-    commSplit = reinterpret_cast<decltype(commSplit)>(dlsym(library, "ncclCommSplit"));
-    return getUniqueId != nullptr && commInitRank != nullptr && commInitRankConfig != nullptr &&
-           commGetAsyncError != nullptr && commDestroy != nullptr && commAbort != nullptr && commSplit != nullptr;
-  }
-};
-
-void onNccl(RanksAs as) {
-  const int nRanks = gpuCount();
-  const uint64_t seed = testSeed();
-  const ExchangeCase e = makeExchange(seed, nRanks, 300, 400);
+// What the library says is what the device has less.  One rank, whose first communicator loads the kernels.
+TEST(GpuBehaviour, MemoryIsWhatTheDeviceHasLess) {
+  NEED_GPUS(1);
+  const ExchangeCase e = makeExchange(testSeed(), 1, 3000, 3000);
   const std::string wrong =
-    runGpu(nRanks, as, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+    runGpu(1, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      constexpr size_t kPage = size_t{2} << 20; // small allocations share one
       const ncclMoeConfig_t config = configFor(e);
-      ncclMoeComm_t none = nullptr;
-      RANK_RESULT(ncclMoeCommInit(&none, nullptr, &config), ncclInvalidArgument, nullptr, "comm");
-      Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId mine{};
-      if (r == 0) RANK_CHECK(nccl.getUniqueId(&mine) == ncclSuccess);
-      std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
-      RANK_CHECK(meet(*meeting, r, &mine, sizeof(mine), ids.data()));
-      ncclComm_t comm = nullptr;
-      RANK_CHECK(nccl.commInitRank(&comm, nRanks, ids[0], r) == ncclSuccess);
-      {
-        // Two MoE communicators on one NCCL communicator.
-        GpuRank a(r, nRanks, r), b(r, nRanks, r);
-        const auto make = [&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, comm, &config); };
-        RANK_TRY(a.init(make, kArenaBytes));
-        RANK_TRY(b.init(make, kArenaBytes));
-        for (GpuRank* rank : {&a, &b, &a}) {
-          ncclMoeRouting_t routing = nullptr;
-          RANK_OK(ncclMoeRoutingCreate(&routing, rank->comm(), &e.routing), rank->comm());
-          for (int n = 0; n < 5; n++) RANK_TRY(exchangeOnce(*rank, routing, e));
-          RANK_OK(ncclMoeRoutingDestroy(routing, rank->comm()), rank->comm());
-        }
-        RANK_TRY(a.destroy());
-        RANK_TRY(b.destroy());
-      }
-      RANK_CHECK(nccl.commDestroy(comm) == ncclSuccess);
-      return "";
-    });
-  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
-}
-
-TEST(GpuNccl, ThreadsOnAnNcclCommunicator) {
-  NEED_GPUS(1);
-  onNccl(RanksAs::threads);
-}
-TEST(GpuNccl, ProcessesOnAnNcclCommunicator) {
-  NEED_GPUS(1);
-  onNccl(RanksAs::processes);
-}
-
-// An id of rank 0's, on every rank.
-std::string sharedId(const Nccl& nccl, Meeting& meeting, int rank, int nRanks, ncclUniqueId* id) {
-  ncclUniqueId mine{};
-  if (rank == 0) RANK_CHECK(nccl.getUniqueId(&mine) == ncclSuccess);
-  std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
-  RANK_CHECK(meet(meeting, rank, &mine, sizeof(mine), ids.data()));
-  *id = ids[0];
-  return "";
-}
-
-// Sub-communicators: each rank by itself, and all of them in the reverse order.
-TEST(GpuNccl, SplitCommunicators) {
-  NEED_GPUS(2);
-  const int nRanks = std::min(gpuCount(), 4);
-  const uint64_t seed = testSeed();
-  const ExchangeCase alone = makeExchange(seed, 1, 200, 256), together = makeExchange(seed + 1, nRanks, 200, 256);
-  const std::string wrong =
-    runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-      Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId id{};
-      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
-      ncclComm_t comm = nullptr, single = nullptr, reversed = nullptr;
-      RANK_CHECK(nccl.commInitRank(&comm, nRanks, id, r) == ncclSuccess);
-      RANK_CHECK(nccl.commSplit(comm, r, 0, &single, nullptr) == ncclSuccess);
-      RANK_CHECK(nccl.commSplit(comm, 0, nRanks - r, &reversed, nullptr) == ncclSuccess);
-      {
-        const ncclMoeConfig_t configAlone = configFor(alone), configTogether = configFor(together);
-        GpuRank a(0, 1, r), b(nRanks - 1 - r, nRanks, r);
-        RANK_TRY(a.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, single, &configAlone); }, kArenaBytes));
-        RANK_TRY(
-          b.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, reversed, &configTogether); }, kArenaBytes));
-        ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
-        RANK_OK(ncclMoeCommGetInfo(b.comm(), &info), b.comm());
-        RANK_CHECK(info.rank == nRanks - 1 - r && info.nRanks == nRanks);
-        ncclMoeRouting_t routingA = nullptr, routingB = nullptr;
-        RANK_OK(ncclMoeRoutingCreate(&routingA, a.comm(), &alone.routing), a.comm());
-        RANK_OK(ncclMoeRoutingCreate(&routingB, b.comm(), &together.routing), b.comm());
+      for (int cycle = 0; cycle < 3; cycle++) {
+        size_t before = 0, after = 0, total = 0;
+        RANK_CUDA(cudaSetDevice(0));
+        RANK_CUDA(cudaMemGetInfo(&before, &total));
+        GpuRank rank(r, 1, 0);
+        RANK_TRY(rank.init(config, meeting, 0));
         for (int n = 0; n < 3; n++) {
-          RANK_TRY(exchangeOnce(a, routingA, alone));
-          RANK_TRY(exchangeOnce(b, routingB, together));
+          ncclMoeRouting_t routing = nullptr;
+          RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &e.routing), rank.comm());
         }
-        RANK_TRY(a.destroy());
-        RANK_TRY(b.destroy());
-      }
-      for (ncclComm_t each : {single, reversed, comm}) RANK_CHECK(nccl.commDestroy(each) == ncclSuccess);
-      return "";
-    });
-  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
-}
-
-TEST(GpuNccl, NonBlockingCommunicator) {
-  NEED_GPUS(1);
-  const int nRanks = gpuCount();
-  const ExchangeCase e = makeExchange(testSeed(), nRanks, 100, 128);
-  const std::string wrong =
-    runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-      Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId id{};
-      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
-      ncclConfig_t ncclConfig = NCCL_CONFIG_INITIALIZER;
-      ncclConfig.blocking = 0;
-      ncclComm_t comm = nullptr;
-      ncclResult_t state = nccl.commInitRankConfig(&comm, nRanks, id, r, &ncclConfig);
-      RANK_CHECK(state == ncclSuccess || state == ncclInProgress);
-      while (state == ncclInProgress) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        RANK_CHECK(nccl.commGetAsyncError(comm, &state) == ncclSuccess);
-      }
-      RANK_CHECK(state == ncclSuccess);
-      {
-        const ncclMoeConfig_t config = configFor(e);
-        GpuRank rank(r, nRanks, r);
-        RANK_TRY(rank.init([&](ncclMoeComm_t* moe) { return ncclMoeCommInit(moe, comm, &config); }, kArenaBytes));
-        ncclMoeRouting_t routing = nullptr;
-        RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &e.routing), rank.comm());
-        RANK_TRY(exchangeOnce(rank, routing, e));
+        RANK_CUDA(cudaMemGetInfo(&after, &total));
+        ncclMoeCommInfo_t info = NCCL_MOE_COMM_INFO_INITIALIZER;
+        RANK_OK(ncclMoeCommGetInfo(rank.comm(), &info), rank.comm());
+        const size_t taken = before - after;
+        RANK_CHECK(cycle == 0 || (taken + kPage >= info.memoryBytes && taken <= info.memoryBytes + kPage),
+                   "%zu bytes, the device says %zu", info.memoryBytes, taken);
         RANK_TRY(rank.destroy());
-      }
-      int one = 1;
-      std::vector<int> all(static_cast<size_t>(nRanks));
-      RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all.data()));
-      state = nccl.commAbort(comm);
-      RANK_CHECK(state == ncclSuccess || state == ncclInProgress);
-      return "";
-    });
-  EXPECT_EQ(wrong, "");
-}
-
-// Init, routing and destroy end in time though NCCL's own kernel, which waits for the other rank, does not.
-TEST(GpuNccl, RankThatDoesNotComeToASetup) {
-  NEED_GPUS(2);
-  const ExchangeCase e = makeExchange(testSeed(), 2, 100, 128);
-  const std::string wrong =
-    runGpu(2, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-      Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      const ncclMoeConfig_t config = configFor(e, 1000);
-      int one = 1, all[2] = {};
-      for (const bool initComes : {false, true}) {
-        ncclUniqueId id{};
-        RANK_TRY(sharedId(nccl, *meeting, r, 2, &id));
-        ncclComm_t comm = nullptr;
-        RANK_CHECK(nccl.commInitRank(&comm, 2, id, r) == ncclSuccess);
-        ncclMoeComm_t connected = nullptr; // NCCL connects at its first collective, and waits on the host there
-        RANK_OK(ncclMoeCommInit(&connected, comm, &config), nullptr);
-        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
-        if (r == 0) {
-          const auto start = std::chrono::steady_clock::now();
-          if (initComes) {
-            ncclMoeRouting_t routing = nullptr;
-            RANK_RESULT(ncclMoeRoutingCreate(&routing, connected, &e.routing), ncclRemoteError, connected, "1000 ms");
-          } else {
-            ncclMoeComm_t moe = nullptr;
-            RANK_RESULT(ncclMoeCommInit(&moe, comm, &config), ncclRemoteError, nullptr, "1000 ms");
-            RANK_CHECK(moe == nullptr);
-          }
-          if (initComes) RANK_RESULT(ncclMoeCommDestroy(connected), ncclRemoteError, nullptr, "occupies the device");
-          RANK_CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(4000));
-        }
-        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
-        RANK_CHECK(nccl.commAbort(comm) == ncclSuccess);
-        RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
-        if (r == 1 || !initComes) RANK_OK(ncclMoeCommDestroy(connected), nullptr);
-        RANK_CUDA(cudaDeviceSynchronize());
       }
       return "";
     });

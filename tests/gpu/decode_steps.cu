@@ -242,6 +242,9 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
     }
     total += (s.expertCounts[e] + s.alignment - 1) / s.alignment * s.alignment;
   }
+  if (s.layout == ncclMoeLayoutExpertMajor && s.expertOffsets[s.nLocal] != total) {
+    complain(s, kWhatOffset, s.expertOffsets[s.nLocal], total);
+  }
   if (*s.recvCount != total) complain(s, kWhatTotal, *s.recvCount, total);
 }
 

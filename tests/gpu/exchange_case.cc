@@ -49,6 +49,14 @@ ExchangeCase makeExchange(uint64_t seed, int nRanks, int nTokens, int maxTokens)
   return e;
 }
 
+ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs) {
+  ncclMoeConfig_t config = e.world.config();
+  config.mode = ncclMoeModeThroughput;
+  config.numSms = 8;
+  config.timeoutMs = timeoutMs;
+  return config;
+}
+
 void redraw(uint64_t seed, ExchangeCase* exchange) { fill(seed, exchange->reference->problem(), exchange); }
 
 } // namespace moe::test

@@ -15,6 +15,9 @@ struct ExchangeCase {
 // BF16 rows in EXPERT_MAJOR with weights, nTokens on every rank.
 ExchangeCase makeExchange(uint64_t seed, int nRanks, int nTokens, int maxTokens);
 
+// Of a communicator that a test runs it on: throughput mode, on few SMs.
+ncclMoeConfig_t configFor(const ExchangeCase& e, int timeoutMs = 10000);
+
 // Puts other data, and other selections, of the same shape into an exchange.
 void redraw(uint64_t seed, ExchangeCase* exchange);
 

@@ -172,8 +172,8 @@ World smallWorld(Random& random, int nRanks) {
 }
 
 // Dispatches and combines of changing shapes, a new communicator for every hundred of them.  MOE_TEST_ITERATIONS says how many
-// dispatches.
-void manyIterations(ncclMoeMode_t mode) {
+// dispatches, over the four numbers of ranks.
+void manyIterations(ncclMoeMode_t mode, int nRanks) {
   NEED_GPUS(1);
   constexpr int kRoundsOfRouting = 2, kIterationsOfComm = 100;
   const char* wanted = getenv("MOE_TEST_ITERATIONS");
@@ -181,43 +181,42 @@ void manyIterations(ncclMoeMode_t mode) {
   ASSERT_GT(nIterations, 0) << "MOE_TEST_ITERATIONS";
   const uint64_t seed = testSeed();
   const int nDevices = gpuCount();
-  const int sizes[] = {2, 3, 4, 8};
-  for (const int nRanks : sizes) {
-    const int mine = (nIterations + 3) / 4;
-    std::vector<std::vector<Round>> rounds(static_cast<size_t>(nRanks)); // one for each rank to draw
-    const std::string failures =
-      runGpu(nRanks, RanksAs::threads, 60000 + 100 * mine, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-        std::vector<int> all(static_cast<size_t>(nRanks));
-        for (int done = 0; done < mine;) {
-          Random worlds(seed + 7919u * static_cast<uint64_t>(done + nRanks));
-          const World world = smallWorld(worlds, nRanks);
-          GpuRank rank(r, nRanks, r % nDevices);
-          ncclMoeConfig_t config = world.config();
-          config.numSms = pick(worlds, 1, std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices)));
-          config.mode = mode;
-          config.timeoutMs = 10000;
-          RANK_TRY(rank.init(config, meeting, kArenaBytes));
-          for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
-            Random random(seed + 1000003u * static_cast<uint64_t>(done + r) + static_cast<uint64_t>(nRanks));
-            rounds[static_cast<size_t>(r)] =
-              randomRounds(random, world, config.mode, static_cast<ncclMoeLayout_t>(random() % 3), kRoundsOfRouting);
-            RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
-            for (int n = 0; n < nRanks && done < end; n++, done += kRoundsOfRouting) {
-              std::string wrong = runRounds(rank, world, rounds[static_cast<size_t>(n)]);
-              if (!wrong.empty()) return format("%d ranks, iteration %d: ", nRanks, done) + wrong;
-            }
-            RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
+  const int mine = (nIterations + 3) / 4;
+  std::vector<std::vector<Round>> rounds(static_cast<size_t>(nRanks)); // one for each rank to draw
+  const std::string failures =
+    runGpu(nRanks, RanksAs::threads, 60000 + 100 * mine, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      std::vector<int> all(static_cast<size_t>(nRanks));
+      for (int done = 0; done < mine;) {
+        Random worlds(seed + 7919u * static_cast<uint64_t>(done + nRanks));
+        const World world = smallWorld(worlds, nRanks);
+        GpuRank rank(r, nRanks, r % nDevices);
+        ncclMoeConfig_t config = world.config();
+        config.numSms = pick(worlds, 1, std::max(1, kSmsOfAllRanks / ((nRanks + nDevices - 1) / nDevices)));
+        config.mode = mode;
+        config.timeoutMs = 10000;
+        RANK_TRY(rank.init(config, meeting, kArenaBytes));
+        for (const int end = std::min(mine, done + kIterationsOfComm); done < end;) {
+          Random random(seed + 1000003u * static_cast<uint64_t>(done + r) + static_cast<uint64_t>(nRanks));
+          rounds[static_cast<size_t>(r)] =
+            randomRounds(random, world, config.mode, static_cast<ncclMoeLayout_t>(random() % 3), kRoundsOfRouting);
+          RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
+          for (int n = 0; n < nRanks && done < end; n++, done += kRoundsOfRouting) {
+            std::string wrong = runRounds(rank, world, rounds[static_cast<size_t>(n)]);
+            if (!wrong.empty()) return format("%d ranks, iteration %d: ", nRanks, done) + wrong;
           }
-          RANK_TRY(rank.destroy());
+          RANK_CHECK(meet(*meeting, r, &done, sizeof(done), all.data()));
         }
-        return "";
-      });
-    ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
-  }
+        RANK_TRY(rank.destroy());
+      }
+      return "";
+    });
+  ASSERT_EQ(failures, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-TEST(GpuProperty, ManyIterations) { manyIterations(ncclMoeModeThroughput); }
-TEST(GpuProperty, ManyIterationsInLatencyMode) { manyIterations(ncclMoeModeLatency); }
+class GpuManyIterations : public testing::TestWithParam<int> {};
+TEST_P(GpuManyIterations, ThroughputMode) { manyIterations(ncclMoeModeThroughput, GetParam()); }
+TEST_P(GpuManyIterations, LatencyMode) { manyIterations(ncclMoeModeLatency, GetParam()); }
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuManyIterations, testing::Values(2, 3, 4, 8));
 TEST(GpuProperty, OneToken) { runJobs(ncclMoeModeThroughput, 12, 2, 4, RanksAs::threads, 1); }
 TEST(GpuProperty, OneRank) { runJobs(ncclMoeModeThroughput, 12, 1, 1); }
 TEST(GpuProperty, TwoRanks) { runJobs(ncclMoeModeThroughput, 36, 2, 2); }
@@ -228,6 +227,10 @@ TEST(GpuProperty, SevenRanks) { runJobs(ncclMoeModeThroughput, 12, 7, 7); }
 TEST(GpuProperty, EightRanks) { runJobs(ncclMoeModeThroughput, 12, 8, 8); }
 TEST(GpuProperty, ManyRanks) { runJobs(ncclMoeModeThroughput, 12, 9, 16); }
 TEST(GpuProperty, Processes) { runJobs(ncclMoeModeThroughput, 6, 2, 2, RanksAs::processes); }
+TEST(GpuProperty, ThreeAndFourProcesses) {
+  NEED_GPUS(2);
+  runJobs(ncclMoeModeThroughput, 4, 3, 4, RanksAs::processes);
+}
 TEST(GpuProperty, EightProcesses) {
   NEED_GPUS(4); // many of them on one GPU take turns for too long
   runJobs(ncclMoeModeThroughput, 6, 8, 8, RanksAs::processes);
@@ -243,6 +246,15 @@ TEST(GpuLatency, SixRanks) { runJobs(ncclMoeModeLatency, 12, 6, 6); }
 TEST(GpuLatency, SevenRanks) { runJobs(ncclMoeModeLatency, 12, 7, 7); }
 TEST(GpuLatency, EightRanks) { runJobs(ncclMoeModeLatency, 12, 8, 8); }
 TEST(GpuLatency, ManyRanks) { runJobs(ncclMoeModeLatency, 12, 9, 16); }
+// A GPU has hardware queues for 32 ranks.
+TEST(GpuProperty, MoreRanksThanAWarpHasLanes) {
+  NEED_GPUS(2);
+  runJobs(ncclMoeModeThroughput, 2, 33, 36);
+}
+TEST(GpuLatency, MoreRanksThanAWarpHasLanes) {
+  NEED_GPUS(2);
+  runJobs(ncclMoeModeLatency, 2, 33, 36);
+}
 TEST(GpuLatency, Processes) { runJobs(ncclMoeModeLatency, 6, 2, 2, RanksAs::processes); }
 
 } // namespace

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace moe {
 namespace {
 
@@ -17,6 +19,18 @@ TEST(DeviceLayout, EpochsAreNeverZeroAndAlternate) {
       EXPECT_NE(next, epoch);
       epoch = next;
     }
+  }
+}
+
+// The pieces of a row cover it, whatever its size: each vector is in one of them.
+TEST(DeviceLayout, PiecesCoverARow) {
+  for (int nVec = 1; nVec <= 1200; nVec++) {
+    const RowPieces pieces(nVec);
+    ASSERT_GE(pieces.n, 1);
+    ASSERT_LE(pieces.n, kMaxPieces);
+    ASSERT_GE(pieces.n * pieces.nVec, nVec) << "of " << nVec;
+    ASSERT_EQ(pieces.nVec % 32, 0);
+    EXPECT_EQ(pieces.n, std::max(1, std::min(kMaxPieces, nVec / 64))) << "of " << nVec;
   }
 }
 
