@@ -117,7 +117,8 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
 TEST(GpuLatencyMode, MemoryIsAsStatedAndComesBack) {
   NEED_GPUS(1);
   constexpr int kRanks = 2;
-  DecodeShape small, large;
+  DecodeShape small, large; // each takes more than the 2 MiB that memory comes in
+  small.nTokens = 512;
   large.nTokens = 600;
   const std::string wrong =
     runGpu(kRanks, RanksAs::threads, 60000, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
