@@ -109,6 +109,31 @@ TEST(RowMath, CastsByBlocks) {
   }
 }
 
+// What docs/performance.md says of sums that travel as FP8, or as BF16: the error's root mean square over the values', normally
+// distributed.
+TEST(RowMath, ErrorOfTheCastIsAsDocumented) {
+  constexpr int kHidden = 7168, kRows = 20;
+  std::mt19937 random(13);
+  std::normal_distribution<float> normal;
+  double squares = 0, ofFp8 = 0, ofBf16 = 0;
+  for (int row = 0; row < kRows; row++) {
+    std::vector<float> values(kHidden);
+    std::vector<uint16_t> x(kHidden);
+    for (int i = 0; i < kHidden; i++) x[i] = floatToBf16(values[i] = normal(random));
+    std::vector<uint8_t> out(kHidden), scales(NCCL_MOE_QUANT_SCALE_BYTES(ncclMoeQuantFp8, kHidden));
+    castRow(ncclMoeQuantFp8, x.data(), kHidden, out.data(), scales.data());
+    for (int i = 0; i < kHidden; i++) {
+      float scale = 0;
+      memcpy(&scale, &scales[i / 128 * 4], sizeof(scale));
+      squares += std::pow(values[i], 2);
+      ofFp8 += std::pow(e4m3ToFloat(out[i]) * scale - values[i], 2);
+      ofBf16 += std::pow(bf16ToFloat(x[i]) - values[i], 2);
+    }
+  }
+  EXPECT_NEAR(std::sqrt(ofFp8 / squares), 0.026, 0.001);
+  EXPECT_NEAR(std::sqrt(ofBf16 / squares), 0.0017, 0.0001);
+}
+
 TEST(RowMath, CopiesRowsEitherWay) {
   alignas(16) uint8_t from[256], to[272];
   for (int i = 0; i < 256; i++) from[i] = static_cast<uint8_t>(i * 5 + 1);
