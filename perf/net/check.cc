@@ -11,7 +11,7 @@
 #include <fstream>
 #include <map>
 
-#include "net/topology.h"
+#include "base/param.h"
 #include "perf/net/measure.h"
 
 extern char** environ;
@@ -75,13 +75,9 @@ void describeDistances(const Found& found) {
     return;
   }
   std::vector<net::NicInfo> nics;
-  for (int i = 0; i < found.nDevices; i++) {
-    net::NicInfo nic;
-    if (!net::PciAddress::parse(found.devices[i].pciAddress, &nic.address)) continue;
-    nic.name = found.devices[i].name;
-    nic.speedMbps = found.devices[i].speedMbps;
-    nics.push_back(nic);
-  }
+  std::vector<net::NicChoice> choices;
+  const char* user = getenv("NCCL_MOE_NET_NIC");
+  const ncclResult_t chosen = chooseFromDevices(topology, found, user != nullptr ? user : "", &nics, &choices);
   const std::vector<net::PciAddress> gpus = topology.gpus();
   if (gpus.empty() || nics.empty()) {
     printf("  distances: none (%zu NVIDIA GPUs in the PCI tree, %zu devices with a PCI address)\n", gpus.size(),
@@ -91,23 +87,42 @@ void describeDistances(const Found& found) {
   for (net::PciAddress gpu : gpus) {
     printf("  GPU %s:", gpu.text().c_str());
     for (const net::NicInfo& nic : nics)
-      printf(" %s %s", nic.name.c_str(), nicDistanceName(topology.distance(gpu, nic.address)));
+      printf(" %s:%d %s", nic.name.c_str(), nic.port, nicDistanceName(topology.distance(gpu, nic.address)));
     printf("\n");
   }
-  std::vector<net::NicChoice> choices;
-  const char* user = getenv("NCCL_MOE_NET_NIC");
-  if (chooseNics(topology, gpus, nics, user != nullptr ? user : "", &choices) != ncclSuccess) {
+  if (chosen != ncclSuccess) {
     printf("  choice: %s\n", lastError());
     return;
   }
   for (const net::NicChoice& choice : choices) {
     printf("  choice for GPU %s:", choice.gpu.text().c_str());
-    for (int nic : choice.nics) printf(" %s", nics[size_t(nic)].name.c_str());
+    for (int nic : choice.nics) printf(" %s:%d", nics[size_t(nic)].name.c_str(), nics[size_t(nic)].port);
     printf("\n");
   }
 }
 
 } // namespace
+
+ncclResult_t chooseFromDevices(const net::Topology& topology, const Found& found, const std::string& user,
+                               std::vector<net::NicInfo>* nics, std::vector<net::NicChoice>* choices) {
+  for (int i = 0; i < found.nDevices; i++) {
+    net::NicInfo nic;
+    if (!net::PciAddress::parse(found.devices[i].pciAddress, &nic.address)) continue;
+    // The plugin calls port 1 of mlx5_0 mlx5_0:1.
+    nic.name = found.devices[i].name;
+    const size_t colon = nic.name.rfind(':');
+    int64_t port = 0;
+    if (colon != std::string::npos && parseInt(nic.name.c_str() + colon + 1, &port)) {
+      nic.name.resize(colon);
+      nic.port = int(port);
+    }
+    nic.speedMbps = found.devices[i].speedMbps;
+    nics->push_back(nic);
+  }
+  // Which NICs to use at all the plugin has seen to: it has no device for those that are left out.
+  const bool maps = user.find('=') != std::string::npos;
+  return chooseNics(topology, topology.gpus(), *nics, maps ? user : "", choices);
+}
 
 void describeMachine() {
   utsname system{};
