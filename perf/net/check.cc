@@ -1,11 +1,13 @@
 #include "perf/net/check.h"
 
 #include <dirent.h>
+#include <dlfcn.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -49,6 +51,22 @@ std::string lastPart(const std::string& link) {
 }
 
 bool startsWith(const std::string& text, const char* prefix) { return text.compare(0, strlen(prefix), prefix) == 0; }
+
+// rdma-core has no call that tells its version, but the library's file has it in its name (libibverbs.so.1.14.44.0 is 44.0).
+void describeVerbsLibrary() {
+  const char* user = getenv("NCCL_MOE_NET_IBVERBS_LIB");
+  const char* name = user != nullptr ? user : "libibverbs.so.1";
+  void* const library = dlopen(name, RTLD_LAZY | RTLD_LOCAL);
+  void* const symbol = library != nullptr ? dlsym(library, "ibv_get_device_list") : nullptr;
+  Dl_info info = {};
+  char path[PATH_MAX] = "";
+  if (symbol == nullptr || dladdr(symbol, &info) == 0 || realpath(info.dli_fname, path) == nullptr) {
+    printf("  verbs library: no %s\n", name);
+  } else {
+    printf("  verbs library: %s\n", path);
+  }
+  if (library != nullptr) dlclose(library);
+}
 
 // The GIDs of a port with their types; unused entries are all zero.
 void describeGids(const std::string& port) {
@@ -138,13 +156,17 @@ void describeMachine() {
     const std::string name = line.substr(0, line.find(' '));
     if (startsWith(name, "ib_") || startsWith(name, "mlx") || startsWith(name, "nvidia") || startsWith(name, "rdma") ||
         startsWith(name, "gdrdrv") || startsWith(name, "efa") || startsWith(name, "bnxt_re") ||
-        startsWith(name, "irdma") || startsWith(name, "siw"))
-      printf(" %s", name.c_str());
+        startsWith(name, "irdma") || startsWith(name, "siw")) {
+      const std::string version = fileText("/sys/module/" + name + "/version"); // most of the kernel's own have none
+      printf(" %s%s%s", name.c_str(), version.empty() ? "" : " ", version.c_str());
+    }
   }
+  printf("\n");
+  describeVerbsLibrary();
   rlimit locked{}, files{};
   getrlimit(RLIMIT_MEMLOCK, &locked);
   getrlimit(RLIMIT_NOFILE, &files);
-  printf("\n  locked memory: %s; open files: %llu\n", bytesText(locked.rlim_cur).c_str(),
+  printf("  locked memory: %s; open files: %llu\n", bytesText(locked.rlim_cur).c_str(),
          (unsigned long long)files.rlim_cur);
   for (char** variable = environ; *variable != nullptr; variable++) {
     const std::string text = *variable;
