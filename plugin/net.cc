@@ -32,8 +32,15 @@ using net::Request;
 // Where connect keeps, in the handle's memory, which of its connectors the calls belong to.
 constexpr size_t connectorIdOffset = NCCL_NET_HANDLE_MAXSIZE - sizeof(uint64_t);
 
+// What a process has made is its own: a child of fork has the parent's objects, but none of its threads, so it neither
+// uses nor destroys them, also after it has begun anew.
+struct Owned {
+  const pid_t pid = getpid();
+  bool inherited() const { return pid != getpid(); }
+};
+
 // One per communicator.
-struct Context {
+struct Context : Owned {
   std::shared_ptr<Engine> engine;
   net::CommConfig config;
   std::mutex mutex;
@@ -42,13 +49,13 @@ struct Context {
 };
 
 // The engine goes with the last of those who use it, whatever the order in which NCCL lets go of them.
-struct Comm {
+struct Comm : Owned {
   std::shared_ptr<Engine> engine;
   std::unique_ptr<Connection> connection;
   int maxRecvs = 1; // what the device's properties say
 };
 
-struct ListenComm {
+struct ListenComm : Owned {
   std::shared_ptr<Engine> engine;
   std::unique_ptr<Listener> listener;
   int maxRecvs = 1;
@@ -78,7 +85,7 @@ void toNcclLog(LogLevel level, const char* file, int line, const char* text) {
   }
 }
 
-// A child of fork has the parent's objects but none of its threads.
+// The engine is that of the process's parent.
 bool inherited() { return global().pid != 0 && global().pid != getpid(); }
 
 // No exception may reach NCCL.
@@ -144,7 +151,7 @@ ncclResult_t mergeAgain() {
 ncclResult_t contextOf(void* ctx, Context** context) {
   *context = ctx != nullptr ? static_cast<Context*>(ctx) : global().unversioned.get();
   if (*context == nullptr) return fail(ncclInvalidUsage, "network plugin: init was not called");
-  if (inherited()) return fail(ncclInvalidUsage, "network plugin: init was called before fork");
+  if ((*context)->inherited()) return fail(ncclInvalidUsage, "network plugin: init was called before fork");
   return ncclSuccess;
 }
 
@@ -159,7 +166,7 @@ char* keepName(const std::string& name) {
   return const_cast<char*>(global().names.insert(name).first->c_str());
 }
 
-// Programs that never finalize (and versions that cannot) get their counters too.
+// Programs that never finalize (and versions that cannot) get the counters of their closed connections too.
 struct AtExit {
   ~AtExit() {
     Global& g = global();
@@ -193,7 +200,7 @@ ncclResult_t finalize(void* ctx) {
   return guarded([&] {
     if (ctx == nullptr) return ncclSuccess;
     Global& g = global();
-    if (inherited()) return ncclSuccess;
+    if (static_cast<Context*>(ctx)->inherited()) return ncclSuccess;
     std::unique_ptr<Context> context(static_cast<Context*>(ctx));
     std::shared_ptr<Engine> last;
     {
@@ -333,8 +340,8 @@ ncclResult_t accept(void* listenComm, void** recvComm) {
   return guarded([&] {
     *recvComm = nullptr;
     if (listenComm == nullptr) return fail(ncclInvalidArgument, "listenComm is NULL");
-    if (inherited()) return fail(ncclInvalidUsage, "network plugin: init was called before fork");
     auto* listening = static_cast<ListenComm*>(listenComm);
+    if (listening->inherited()) return fail(ncclInvalidUsage, "network plugin: init was called before fork");
     auto comm = std::make_unique<Comm>();
     comm->engine = listening->engine;
     comm->maxRecvs = listening->maxRecvs;
@@ -445,18 +452,21 @@ ncclResult_t test(void* request, int* done, int* sizes) {
   });
 }
 
+namespace {
+
+template <class T> ncclResult_t closeOwn(T* comm) {
+  if (comm != nullptr && !comm->inherited()) delete comm;
+  return ncclSuccess;
+}
+
+} // namespace
+
 ncclResult_t closeComm(void* comm) {
-  return guarded([&] {
-    if (!inherited()) delete static_cast<Comm*>(comm);
-    return ncclSuccess;
-  });
+  return guarded([&] { return closeOwn(static_cast<Comm*>(comm)); });
 }
 
 ncclResult_t closeListen(void* listenComm) {
-  return guarded([&] {
-    if (!inherited()) delete static_cast<ListenComm*>(listenComm);
-    return ncclSuccess;
-  });
+  return guarded([&] { return closeOwn(static_cast<ListenComm*>(listenComm)); });
 }
 
 } // namespace plugin

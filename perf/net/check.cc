@@ -1,17 +1,19 @@
 #include "perf/net/check.h"
 
 #include <dirent.h>
+#include <dlfcn.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <map>
 
-#include "net/topology.h"
+#include "base/param.h"
 #include "perf/net/measure.h"
 
 extern char** environ;
@@ -50,6 +52,22 @@ std::string lastPart(const std::string& link) {
 
 bool startsWith(const std::string& text, const char* prefix) { return text.compare(0, strlen(prefix), prefix) == 0; }
 
+// rdma-core has no call that tells its version, but the library's file has it in its name (libibverbs.so.1.14.44.0 is 44.0).
+void describeVerbsLibrary() {
+  const char* user = getenv("NCCL_MOE_NET_IBVERBS_LIB");
+  const char* name = user != nullptr ? user : "libibverbs.so.1";
+  void* const library = dlopen(name, RTLD_LAZY | RTLD_LOCAL);
+  void* const symbol = library != nullptr ? dlsym(library, "ibv_get_device_list") : nullptr;
+  Dl_info info = {};
+  char path[PATH_MAX] = "";
+  if (symbol == nullptr || dladdr(symbol, &info) == 0 || realpath(info.dli_fname, path) == nullptr) {
+    printf("  verbs library: no %s\n", name);
+  } else {
+    printf("  verbs library: %s\n", path);
+  }
+  if (library != nullptr) dlclose(library);
+}
+
 // The GIDs of a port with their types; unused entries are all zero.
 void describeGids(const std::string& port) {
   for (const std::string& index : listed(port + "/gids")) {
@@ -75,13 +93,9 @@ void describeDistances(const Found& found) {
     return;
   }
   std::vector<net::NicInfo> nics;
-  for (int i = 0; i < found.nDevices; i++) {
-    net::NicInfo nic;
-    if (!net::PciAddress::parse(found.devices[i].pciAddress, &nic.address)) continue;
-    nic.name = found.devices[i].name;
-    nic.speedMbps = found.devices[i].speedMbps;
-    nics.push_back(nic);
-  }
+  std::vector<net::NicChoice> choices;
+  const char* user = getenv("NCCL_MOE_NET_NIC");
+  const ncclResult_t chosen = chooseFromDevices(topology, found, user != nullptr ? user : "", &nics, &choices);
   const std::vector<net::PciAddress> gpus = topology.gpus();
   if (gpus.empty() || nics.empty()) {
     printf("  distances: none (%zu NVIDIA GPUs in the PCI tree, %zu devices with a PCI address)\n", gpus.size(),
@@ -91,23 +105,42 @@ void describeDistances(const Found& found) {
   for (net::PciAddress gpu : gpus) {
     printf("  GPU %s:", gpu.text().c_str());
     for (const net::NicInfo& nic : nics)
-      printf(" %s %s", nic.name.c_str(), nicDistanceName(topology.distance(gpu, nic.address)));
+      printf(" %s:%d %s", nic.name.c_str(), nic.port, nicDistanceName(topology.distance(gpu, nic.address)));
     printf("\n");
   }
-  std::vector<net::NicChoice> choices;
-  const char* user = getenv("NCCL_MOE_NET_NIC");
-  if (chooseNics(topology, gpus, nics, user != nullptr ? user : "", &choices) != ncclSuccess) {
+  if (chosen != ncclSuccess) {
     printf("  choice: %s\n", lastError());
     return;
   }
   for (const net::NicChoice& choice : choices) {
     printf("  choice for GPU %s:", choice.gpu.text().c_str());
-    for (int nic : choice.nics) printf(" %s", nics[size_t(nic)].name.c_str());
+    for (int nic : choice.nics) printf(" %s:%d", nics[size_t(nic)].name.c_str(), nics[size_t(nic)].port);
     printf("\n");
   }
 }
 
 } // namespace
+
+ncclResult_t chooseFromDevices(const net::Topology& topology, const Found& found, const std::string& user,
+                               std::vector<net::NicInfo>* nics, std::vector<net::NicChoice>* choices) {
+  for (int i = 0; i < found.nDevices; i++) {
+    net::NicInfo nic;
+    if (!net::PciAddress::parse(found.devices[i].pciAddress, &nic.address)) continue;
+    // The plugin calls port 1 of mlx5_0 mlx5_0:1.
+    nic.name = found.devices[i].name;
+    const size_t colon = nic.name.rfind(':');
+    int64_t port = 0;
+    if (colon != std::string::npos && parseInt(nic.name.c_str() + colon + 1, &port)) {
+      nic.name.resize(colon);
+      nic.port = int(port);
+    }
+    nic.speedMbps = found.devices[i].speedMbps;
+    nics->push_back(nic);
+  }
+  // Which NICs to use at all the plugin has seen to: it has no device for those that are left out.
+  const bool maps = user.find('=') != std::string::npos;
+  return chooseNics(topology, topology.gpus(), *nics, maps ? user : "", choices);
+}
 
 void describeMachine() {
   utsname system{};
@@ -123,13 +156,17 @@ void describeMachine() {
     const std::string name = line.substr(0, line.find(' '));
     if (startsWith(name, "ib_") || startsWith(name, "mlx") || startsWith(name, "nvidia") || startsWith(name, "rdma") ||
         startsWith(name, "gdrdrv") || startsWith(name, "efa") || startsWith(name, "bnxt_re") ||
-        startsWith(name, "irdma") || startsWith(name, "siw"))
-      printf(" %s", name.c_str());
+        startsWith(name, "irdma") || startsWith(name, "siw")) {
+      const std::string version = fileText("/sys/module/" + name + "/version"); // most of the kernel's own have none
+      printf(" %s%s%s", name.c_str(), version.empty() ? "" : " ", version.c_str());
+    }
   }
+  printf("\n");
+  describeVerbsLibrary();
   rlimit locked{}, files{};
   getrlimit(RLIMIT_MEMLOCK, &locked);
   getrlimit(RLIMIT_NOFILE, &files);
-  printf("\n  locked memory: %s; open files: %llu\n", bytesText(locked.rlim_cur).c_str(),
+  printf("  locked memory: %s; open files: %llu\n", bytesText(locked.rlim_cur).c_str(),
          (unsigned long long)files.rlim_cur);
   for (char** variable = environ; *variable != nullptr; variable++) {
     const std::string text = *variable;

@@ -185,6 +185,15 @@ ncclResult_t runSide(Control control, Plan plan, bool first, const Options& o, i
       printf("  %s, %s: %s (%d sizes, 8 messages each way)\n", properties.name.c_str(),
              memoryName(MemoryKind(plan.kind)), wrong == 0 ? "ok" : "WRONG DATA", sizes);
     if (wrong != 0) *status |= exitWrong;
+    options.iters = 0;
+    options.seconds = 0.1; // roughly is enough
+    options.verify = false;
+    Result small, big;
+    MOECHECK(measure(&link, &control, first, options, 8, &small));
+    MOECHECK(measure(&link, &control, first, options, 1 << 20, &big));
+    if (first)
+      printf("    8 bytes %.2f us, 1 MiB %.3f GB/s, both ways at once %.3f GB/s (a plain socket: %.2f us, %.3f GB/s)\n",
+             small.latencyUs, big.outGBs, big.bothGBs, small.socketLatencyUs, big.socketGBs);
     return ncclSuccess;
   }
   std::vector<Result> results;

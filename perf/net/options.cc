@@ -170,8 +170,8 @@ void printHelp() {
     "  --verify 0|1          compares the data (1)\n"
     "  --timeout S           without any progress until it is an error (30)\n"
     "  --json FILE           writes the results there too\n"
-    "  --check               instead of measuring: describes machine, plugin and devices, and verifies data on\n"
-    "                        every device, in host and GPU memory.  Send its output with a report.\n");
+    "  --check               describes machine, plugin and devices, verifies data on every device, in host and GPU\n"
+    "                        memory, and measures each in short.  Send its output with a report.\n");
 }
 
 } // namespace netperf

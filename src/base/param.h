@@ -28,13 +28,14 @@ class IntParam {
 
 class StringParam {
  public:
-  StringParam(const char* name, const char* def, const char* doc) : name_(name), doc_(doc), value_(def) {}
+  StringParam(const char* name, const char* def, const char* doc)
+    : name_(name), doc_(doc), value_(*new std::string(def)) {}
   const std::string& get();
 
  private:
   const char* name_;
   const char* doc_;
-  std::string value_;
+  std::string& value_; // never destroyed: what runs when the process exits reads it still
   std::once_flag once_;
 };
 

@@ -76,7 +76,7 @@ class EngineImpl : public Engine {
     if (dev >= 0 && dev < nDevices()) return ncclSuccess;
     return fail(ncclInvalidArgument, "dev is %d, but there are devices 0 to %d", dev, nDevices() - 1);
   }
-  Stats stats_;
+  Stats& stats_ = Stats::process();
   std::unique_ptr<Transport> transport_;
 };
 

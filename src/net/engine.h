@@ -140,7 +140,7 @@ class Engine {
   // Makes a device whose connections use several others (verbs ports of one link layer) together: messages are striped
   // over them, and a connection goes on as long as one of them works.  The same members give the same device.
   virtual ncclResult_t merge(const std::vector<int>& members, int* dev) = 0;
-  // Writes the counters of closed connections to NCCL_MOE_NET_STATS; the destructor does too.
+  // Writes the counters of the connections that this process has closed to NCCL_MOE_NET_STATS; the destructor does too.
   virtual void writeStats() const = 0;
   // Writes handleBytes to handle, which the peer passes to connector.
   virtual ncclResult_t listen(int dev, const CommConfig& config, void* handle, std::unique_ptr<Listener>* listener) = 0;

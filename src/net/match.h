@@ -29,11 +29,10 @@ class PostedReceives {
     int tag;
     uint64_t index;
     uint32_t slot;
-    bool granted;
   };
   uint64_t post(int tag, uint32_t slot) {
     const uint64_t index = counters_.take(tag);
-    entries_.push_back({tag, index, slot, false});
+    entries_.push_back({tag, index, slot});
     return index;
   }
   Entry* find(int tag, uint64_t index) {

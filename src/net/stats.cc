@@ -83,11 +83,24 @@ std::string expandFileName(const std::string& pattern) {
   return path;
 }
 
+Stats& Stats::process() {
+  static Stats* const stats = new Stats();
+  return *stats;
+}
+
+void Stats::dropInherited() {
+  if (pid_ == getpid()) return;
+  connections_.clear();
+  devices_.clear();
+  pid_ = getpid();
+}
+
 bool Stats::enabled() { return !statsFile.get().empty(); }
 
 void Stats::add(const std::string& device, const std::string& peer, const char* role, const Counters& counters) {
   if (!enabled()) return;
   std::lock_guard<std::mutex> lock(mutex_);
+  dropInherited();
   if (connections_.size() < maxEntries) connections_.push_back({device, peer, role, counters});
   auto sum = std::find_if(devices_.begin(), devices_.end(), [&](const Entry& e) { return e.device == device; });
   if (sum == devices_.end()) {
@@ -97,9 +110,10 @@ void Stats::add(const std::string& device, const std::string& peer, const char* 
   }
 }
 
-void Stats::write() const {
+void Stats::write() {
   if (!enabled()) return;
   std::lock_guard<std::mutex> lock(mutex_);
+  dropInherited();
   nlohmann::json root;
   root["pid"] = getpid();
   root["devices"] = nlohmann::json::array();

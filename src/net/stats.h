@@ -1,5 +1,7 @@
-// Counters of connections, written as JSON when the engine ends (NCCL_MOE_NET_STATS).
+// Counters of connections, written as JSON when an engine ends and when the process does (NCCL_MOE_NET_STATS).
 #pragma once
+
+#include <sys/types.h>
 
 #include <cstdint>
 #include <mutex>
@@ -30,17 +32,22 @@ std::string expandFileName(const std::string& pattern);
 
 class Stats {
  public:
+  // One for all engines of a process, one after the other, for they write the same file.  Never destroyed.
+  static Stats& process();
   static bool enabled();
   void add(const std::string& device, const std::string& peer, const char* role, const Counters& counters);
   // Does nothing unless a file is named.
-  void write() const;
+  void write();
 
  private:
+  // A child of fork begins with nothing: what it has is its parent's.  Callers hold the mutex.
+  void dropInherited();
   struct Entry {
     std::string device, peer, role;
     Counters counters;
   };
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
+  pid_t pid_ = 0;
   std::vector<Entry> connections_; // the first few thousand
   std::vector<Entry> devices_;     // sums
 };

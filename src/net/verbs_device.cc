@@ -24,7 +24,7 @@ namespace {
 StringParam nicParam{
   "NCCL_MOE_NET_NIC", "",
   "RDMA NICs: names, name:port, a prefix with *, or PCI addresses; ^ before the list: all but these"};
-IntParam gidIndexParam{"NCCL_MOE_NET_GID_INDEX", -1, -1, 65535, "GID index on RoCE; -1: the best RoCE v2 GID"};
+IntParam gidIndexParam{"NCCL_MOE_NET_GID_INDEX", -1, -1, 255, "GID index on RoCE; -1: the best RoCE v2 GID"};
 IntParam relaxedParam{"NCCL_MOE_NET_RELAXED_ORDERING", 1, 0, 1, "register data memory with relaxed PCIe ordering"};
 IntParam gpuDirectParam{"NCCL_MOE_NET_GPUDIRECT", 1, 0, 1, "offer GPU memory where the devices can reach it"};
 IntParam maxRecvsParam{"NCCL_MOE_NET_VERBS_MAX_RECVS", 8, 1, maxGroup,

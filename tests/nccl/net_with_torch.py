@@ -5,7 +5,8 @@
 
 Every rank pretends to be a node of its own (NCCL_HOSTID), so that all traffic goes through the network; several ranks may
 share a GPU.  Data are random from a printed seed and checked exactly.  NCCL_NET names the plugin's network, so that NCCL
-cannot fall back to its own in silence.  --net Socket runs the same on NCCL's own transport, for comparison.
+cannot fall back to its own in silence.  --net Socket runs the same on NCCL's own transport, for comparison, and
+--net MOE,Socket,MOE,Socket the benchmark on both in turns, the checks on the first alone.
 
 Another NCCL than PyTorch's: put its libnccl.so.2 into DIR/nvidia/nccl/lib and set PYTHONPATH=DIR and
 LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2; the version that is printed is the one that ran.
@@ -51,9 +52,14 @@ def bench(args, torch):
     comm, peer = ctypes.c_void_p(), 1 - args.rank
     ok(nccl.ncclCommInitRank(ctypes.byref(comm), 2, unique, args.rank))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+    def data(bytes_, rank):
+        generator = torch.Generator().manual_seed(args.seed * 1000 + rank)
+        return torch.randint(0, 256, (bytes_,), dtype=torch.uint8, generator=generator)
+
     for bytes_ in args.bench:
-        x = torch.ones(bytes_, dtype=torch.uint8, device="cuda")
-        y = torch.zeros_like(x)
+        x = data(bytes_, args.rank).cuda()
+        y = ~data(bytes_, peer).cuda()  # no byte is right before it has come
         to, of, size, char = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_size_t(bytes_), 0
         calls = max(5, min(1000, (100 << 20) // bytes_))
         times = []
@@ -68,8 +74,9 @@ def bench(args, torch):
             torch.cuda.synchronize()
             if turn > 0:
                 times.append((time.perf_counter() - start) / calls * 1e6)
-        if bool((y != 1).any()):
-            raise SystemExit(f"rank {args.rank}: {bytes_} bytes came wrong")
+        wrong = int((y.cpu() != data(bytes_, peer)).sum())
+        if wrong:
+            raise SystemExit(f"rank {args.rank}: {args.net}: {wrong} of {bytes_} bytes came wrong")
         if args.rank == 0:
             us = sorted(times)[len(times) // 2]
             print(f"{args.net}, NCCL {version}: send and receive of {bytes_} bytes: {us:.1f} us "
@@ -132,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--plugin", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../build/lib"))
-    parser.add_argument("--net", default="MOE")
+    parser.add_argument("--net", default="MOE", help="the network, or several, which then take turns")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=int, default=120)
     parser.add_argument("--bench", nargs="?", const="8,1048576,67108864", default="",
@@ -145,17 +152,26 @@ def main():
     if args.rank >= 0:
         return rank_main(args)
     print(f"seed {args.seed}", flush=True)
+    status = 0
+    for turn, net in enumerate(args.net.split(",")):
+        status |= run_nodes(args, net, bench, checks=turn == 0 and not args.no_checks)
+    return status
+
+
+def run_nodes(args, net, bench, checks):
+    """Starts a process for every node and waits for all; 0 if they ended well."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(args.nodes):
-            env = dict(os.environ, NCCL_HOSTID=f"node{rank}", NCCL_NET=args.net, NCCL_NVLS_ENABLE="0", NCCL_MNNVL_ENABLE="0",
-                       NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo")
-            if args.net != "Socket":
+            # Both networks on the same interface: Socket goes by NCCL's variable, the plugin by its own.
+            env = dict(os.environ, NCCL_HOSTID=f"node{rank}", NCCL_NET=net, NCCL_NVLS_ENABLE="0", NCCL_MNNVL_ENABLE="0",
+                       NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo", NCCL_MOE_NET_IFNAME="lo")
+            if net != "Socket":
                 env["NCCL_NET_PLUGIN"] = "moe"
                 env["LD_LIBRARY_PATH"] = args.plugin + ":" + env.get("LD_LIBRARY_PATH", "")
             command = [sys.executable, os.path.abspath(__file__), "--rank", str(rank), "--rendezvous", folder + "/meet",
-                       "--nodes", str(args.nodes), "--seed", str(args.seed), "--net", args.net] + \
-                      (["--bench", bench] if bench else []) + (["--no-checks"] if args.no_checks else [])
+                       "--nodes", str(args.nodes), "--seed", str(args.seed), "--net", net] + \
+                      (["--bench", bench] if bench else []) + ([] if checks else ["--no-checks"])
             ranks.append(subprocess.Popen(command, env=env))
         deadline = time.time() + args.timeout
         status = 0
@@ -163,7 +179,7 @@ def main():
             try:
                 status |= process.wait(max(1, deadline - time.time()))
             except subprocess.TimeoutExpired:
-                print("a rank did not end in time", flush=True)
+                print(f"{net}: a rank did not end in time", flush=True)
                 status = 1
         for process in ranks:
             process.kill()
