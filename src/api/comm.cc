@@ -13,7 +13,7 @@ namespace {
 
 IntParam timeoutParam{"NCCL_MOE_TIMEOUT_MS", 100000, 1, std::numeric_limits<int>::max(),
                       "milliseconds until a wait on a peer ends"};
-StringParam jobTokenParam{"NCCL_MOE_JOB_TOKEN", "", "secret that the ranks of a job share"};
+StringParam jobTokenParam{"NCCL_MOE_JOB_TOKEN", "", "secret that the ranks of a job share", StringParam::nameAlone};
 
 constexpr int kMaxExperts = 1 << 20;
 constexpr int kMaxTokens = 1 << 24;

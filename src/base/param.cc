@@ -43,7 +43,7 @@ const std::string& StringParam::get() {
     const char* text = getenv(name_);
     if (text == nullptr) return;
     value_ = text;
-    MOE_INFO("%s (%s) set by environment to %s", name_, doc_, text);
+    MOE_INFO("%s (%s) set by environment%s%s", name_, doc_, log_ == value ? " to " : "", log_ == value ? text : "");
   });
   return value_;
 }

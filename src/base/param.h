@@ -28,13 +28,15 @@ class IntParam {
 
 class StringParam {
  public:
-  StringParam(const char* name, const char* def, const char* doc)
-    : name_(name), doc_(doc), value_(*new std::string(def)) {}
+  enum Log { value, nameAlone }; // nameAlone: the value is a secret
+  StringParam(const char* name, const char* def, const char* doc, Log log = value)
+    : name_(name), doc_(doc), log_(log), value_(*new std::string(def)) {}
   const std::string& get();
 
  private:
   const char* name_;
   const char* doc_;
+  Log log_;
   std::string& value_; // never destroyed: what runs when the process exits reads it still
   std::once_flag once_;
 };

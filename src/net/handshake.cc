@@ -19,7 +19,8 @@ IntParam connectTimeoutMs{"NCCL_MOE_NET_CONNECT_TIMEOUT_MS", 300000, 1, INT32_MA
 IntParam handshakeTimeoutMs{"NCCL_MOE_NET_HANDSHAKE_TIMEOUT_MS", 30000, 1, INT32_MAX,
                             "milliseconds that a listener gives a socket to say who it is"};
 StringParam jobTokenParam{"NCCL_MOE_JOB_TOKEN", "",
-                          "secret that all ranks of a job share; peers that do not know it are turned away"};
+                          "secret that all ranks of a job share; peers that do not know it are turned away",
+                          StringParam::nameAlone};
 
 } // namespace
 

@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <climits>
+#include <cstdarg>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -176,6 +178,37 @@ TEST(PluginStats, CountersOutliveTheEngine) {
     &pid);
   EXPECT_EQ(status, 0);
   expectStats(readStats(pattern, pid), pid, 6, 6);
+}
+
+// What the plugin logs, as NCCL would write it.
+std::string logged;
+void keepLog(int, unsigned long, const char*, int, const char* format, ...) {
+  char text[1024];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text, sizeof(text), format, args);
+  va_end(args);
+  logged += std::string(text) + "\n";
+}
+
+TEST(PluginLog, NamesTheJobTokenButDoesNotTellIt) {
+  const int status = inChild([] {
+    setenv("NCCL_MOE_JOB_TOKEN", "open-sesame", 1);
+    setenv("NCCL_DEBUG", "INFO", 1);
+    const ncclNet_v12_t* net = load();
+    NEED(net != nullptr);
+    ncclNetCommConfig_v10_t config = {NCCL_NET_TRAFFIC_CLASS_UNDEF};
+    void* ctx = nullptr;
+    NEED(net->init(&ctx, 42, &config, keepLog, nullptr) == ncclSuccess);
+    Loop loop;
+    loop.open(net, ctx);
+    loop.message('a');
+    loop.close();
+    NEED(net->finalize(ctx) == ncclSuccess);
+    NEED(logged.find("NCCL_MOE_JOB_TOKEN") != std::string::npos);
+    NEED(logged.find("sesame") == std::string::npos);
+  });
+  EXPECT_EQ(status, 0);
 }
 
 // Thread sanitizer ends a child of a process with threads that starts a thread.
