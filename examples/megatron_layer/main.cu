@@ -96,10 +96,11 @@ void runRank(const LayerConfig& c, int rank, int nRanks, ncclComm_t comm, const 
 }
 
 // The layer rounds to BF16, half a unit being 2^-9 = 0.2 %, after each GEMM, activation and collective: five to seven times
-// on the way to an element.  These errors are independent and as large as the row (of a token; of an expert's gradient, and the
-// router's, the whole matrix) is, however small the one element: an element's error is compared with its size plus the row's root
-// mean square.  (An expert's row of the router's gradient is a difference of its tokens' dot products, which may nearly cancel while
-// their errors do not: of experts with one token, every thirtieth or so comes to less than a fiftieth of the others.)  So measured, errors of correct arithmetic have a root mean square of 0.3 %, and the largest of some hundred
+// on the way to an element.  These errors are independent and as large as the row (of a token; of an expert's gradient, and
+// the router's, the whole matrix) is, however small the one element: an element's error is compared with its size plus the
+// row's root mean square.  (An expert's row of the router's gradient is a difference of its tokens' dot products, which may
+// nearly cancel while their errors do not: of experts with one token, every thirtieth or so comes to less than a fiftieth of
+// the others.)  So measured, errors of correct arithmetic have a root mean square of 0.3 %, and the largest of some hundred
 // thousand comes to 2 to 4 %, as products of normally distributed numbers have long tails.
 constexpr double kTolerance = 0.08, kMeanTolerance = 0.01;
 
