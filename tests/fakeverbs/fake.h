@@ -257,7 +257,9 @@ int armCq(ibv_cq* cq, int solicitedOnly);
 int postSend(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad);
 int postRecv(ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad);
 
-// Faults.  faultAt returns the errno that this call of the named verb shall fail with, or 0.
+// Faults.  faultAt returns the errno that this call of the named verb shall fail with, 0, or, at post_send, that the queue
+// pair stalls.
+constexpr int faultStall = -1;
 bool faultsParse(const char* script, std::string* error);
 bool faultsAny(); // without the lock
 int faultAt(const char* point, const ibv_context* context);

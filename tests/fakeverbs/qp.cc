@@ -340,6 +340,10 @@ int postSend(ibv_qp* q, ibv_send_wr* wr, ibv_send_wr** bad) {
   int result = 0;
   for (; wr != nullptr; wr = wr->next) {
     result = faultAt("post_send", qp.context);
+    if (result == faultStall) {
+      qp.holdUntil = Time::max();
+      result = 0;
+    }
     uint64_t length = 0;
     for (int i = 0; i < wr->num_sge; i++) length += wr->sg_list[i].length;
     if (result == 0) result = checkSend(qp, *wr, length);
