@@ -13,6 +13,8 @@
 //   FAKEVERBS_REORDER  1: queue pairs overtake one another at random      FAKEVERBS_SEED  for these two (1)
 //   FAKEVERBS_ADAPTIVE 1: as on a network with adaptive routing, a later write may be in memory before the data of an
 //                      earlier one of its queue pair; all else still comes after them
+//   FAKEVERBS_DMABUF   1: registers dma-bufs, for which memfds do (read anew with each call).  What is written there stays
+//                      in the device until something there is read through it, as may be with the memory of a GPU
 //   FAKEVERBS_FAULTS   scripted faults: faults.cc                          FAKEVERBS_REPORT  file: see report()
 #pragma once
 
@@ -55,9 +57,17 @@ constexpr int qpIndexBits = 15;
 constexpr uint32_t maxSlots = (1u << (24 - qpIndexBits)) - 1;
 constexpr uint32_t maxInline = 512, maxSge = 16, maxWr = 16384, maxCqe = 1 << 20, maxMsg = 1u << 30;
 
+// Data of a write that has been acknowledged and is not in memory yet.
+struct Held {
+  char* to = nullptr;
+  std::vector<char> data;
+  Time ready;
+};
+
 struct Device : ibv_device {
   int index = 0;
   bool portDown[maxPorts + 1] = {};
+  std::vector<Held> unflushed; // of dma-bufs
   uint64_t guid() const { return 0x0200fa4e00000000ull + uint64_t(index + 1); }
 };
 
@@ -71,6 +81,10 @@ struct Pd : ibv_pd {};
 struct Mr : ibv_mr {
   uint64_t iova = 0;
   unsigned access = 0;
+  void* map = nullptr; // of a dma-buf
+  size_t mapBytes = 0;
+  Mr() : ibv_mr{} {}
+  ~Mr();
 };
 
 struct Channel : ibv_comp_channel {
@@ -111,13 +125,6 @@ struct RecvWqe {
   uint64_t wrId = 0;
   std::vector<ibv_sge> sges;
   uint64_t length = 0;
-};
-
-// Data of a write that has been acknowledged and is not in memory yet.
-struct Held {
-  char* to = nullptr;
-  std::vector<char> data;
-  Time ready;
 };
 
 struct Qp : ibv_qp {
@@ -241,6 +248,7 @@ bool scatter(const Qp& qp, const std::vector<ibv_sge>& sges, uint64_t offset, co
 bool listOk(const Qp& qp, const std::vector<ibv_sge>& sges, unsigned access);
 
 void placeHeld(Qp& qp, Time now); // of the writes held back those that are due
+void flushDevice(Device& dev);    // what was written to dma-bufs
 void qpToError(Qp& qp);
 void completeSend(Qp& qp, ibv_wc_status status);
 // Returns the status after scripted faults; on an error the queue pair is in the error state afterwards.

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "fake.h"
@@ -91,17 +92,16 @@ bool mapped(const void* addr, size_t length) {
   return msync(reinterpret_cast<void*>(from), last - from, MS_ASYNC) == 0;
 }
 
-ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
-  Guard guard;
+// Null with errno set on failure.  The caller holds the lock.
+Mr* registerLocked(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
   State& s = state();
-  if (int e = faultAt("reg_mr", pd->context)) return failWith<ibv_mr>(e);
   unsigned basic = access & ~unsigned(IBV_ACCESS_OPTIONAL_RANGE);
   if ((basic & (IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC)) && !(basic & IBV_ACCESS_LOCAL_WRITE))
-    return failWith<ibv_mr>(EINVAL);
+    return failWith<Mr>(EINVAL);
   if (basic &
       ~unsigned(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC))
-    return failWith<ibv_mr>(EOPNOTSUPP);
-  if (!mapped(addr, length)) return failWith<ibv_mr>(EFAULT);
+    return failWith<Mr>(EOPNOTSUPP);
+  if (!mapped(addr, length)) return failWith<Mr>(EFAULT);
   uint32_t index;
   do index = s.random() & 0xffffff;
   while (index == 0 || s.mrs.count(index) != 0);
@@ -120,6 +120,12 @@ ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigne
   return s.mrs[index] = mr.release();
 }
 
+ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
+  Guard guard;
+  if (int e = faultAt("reg_mr", pd->context)) return failWith<ibv_mr>(e);
+  return registerLocked(pd, addr, length, iova, access);
+}
+
 } // namespace
 
 State& state() {
@@ -131,6 +137,10 @@ State& state() {
     return instance;
   }();
   return *s;
+}
+
+Mr::~Mr() {
+  if (map != nullptr) munmap(map, mapBytes);
 }
 
 Mr* findMr(uint32_t key, bool remote) {
@@ -386,7 +396,29 @@ ibv_mr* ibv_reg_mr_iova(ibv_pd* pd, void* addr, size_t length, uint64_t iova, in
 ibv_mr* ibv_reg_mr_iova2(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
   return registerMr(pd, addr, length, iova, access);
 }
-ibv_mr* ibv_reg_dmabuf_mr(ibv_pd*, uint64_t, size_t, uint64_t, int, int) { return failWith<ibv_mr>(EOPNOTSUPP); }
+ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* pd, uint64_t offset, size_t length, uint64_t iova, int fd, int access) {
+  if (envInt("FAKEVERBS_DMABUF", 0, 0, 1) == 0) return failWith<ibv_mr>(EOPNOTSUPP);
+  Guard guard;
+  if (int e = faultAt("reg_dmabuf_mr", pd->context)) return failWith<ibv_mr>(e);
+  struct stat file;
+  if (fstat(fd, &file) == -1) return nullptr;
+  // The kernel asks for the same place in a page on both sides.
+  uint64_t lead = offset % uint64_t(sysconf(_SC_PAGESIZE));
+  if (length == 0 || length > uint64_t(file.st_size) || offset > uint64_t(file.st_size) - length ||
+      lead != iova % uint64_t(sysconf(_SC_PAGESIZE)))
+    return failWith<ibv_mr>(EINVAL);
+  void* map = mmap(nullptr, lead + length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, off_t(offset - lead));
+  if (map == MAP_FAILED) return nullptr;
+  Mr* mr = registerLocked(pd, static_cast<char*>(map) + lead, length, iova, unsigned(access));
+  if (mr == nullptr) {
+    int e = errno;
+    munmap(map, lead + length);
+    return failWith<ibv_mr>(e);
+  }
+  mr->map = map;
+  mr->mapBytes = lead + length;
+  return mr;
+}
 
 int ibv_dereg_mr(ibv_mr* mr) {
   Guard guard;
@@ -395,6 +427,7 @@ int ibv_dereg_mr(ibv_mr* mr) {
     if (it->second != mr) continue;
     if (int e = faultAt("dereg_mr", mr->context)) return e;
     for (auto& entry : s.qps) placeHeld(*entry.second, Time::max()); // the memory may go now
+    flushDevice(*static_cast<Device*>(mr->context->device));
     s.pdUsers[mr->pd]--;
     std::unique_ptr<Mr> owned(it->second);
     s.mrs.erase(it);
@@ -509,6 +542,8 @@ const char* ibv_event_type_str(ibv_event_type type) {
     return "CQ error";
   case IBV_EVENT_QP_FATAL:
     return "local work queue catastrophic error";
+  case IBV_EVENT_QP_ACCESS_ERR:
+    return "local access violation work queue error";
   case IBV_EVENT_DEVICE_FATAL:
     return "local catastrophic error";
   case IBV_EVENT_PORT_ACTIVE:
