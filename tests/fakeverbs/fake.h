@@ -100,7 +100,14 @@ struct Cqe {
   Time ready;
 };
 
+// What the pipe of a context carries.
+struct Raised {
+  ibv_async_event event = {};
+  uint64_t serial = 0; // of the queue pair or completion queue that it is about
+};
+
 struct Cq : ibv_cq {
+  uint64_t serial = 0;
   std::deque<Cqe> visible;
   std::deque<Cqe> delayed;
   std::atomic<int> count{0}; // of visible: lets pollers look without the lock
@@ -128,6 +135,7 @@ struct RecvWqe {
 };
 
 struct Qp : ibv_qp {
+  uint64_t serial = 0;
   ibv_qp_cap cap = {};
   bool signalAll = false;
   ibv_qp_attr attr = {};
@@ -212,6 +220,9 @@ struct State {
   std::unordered_map<uint32_t, Qp*> qps;        // by number
   std::unordered_map<const void*, int> pdUsers; // objects in a protection domain
   std::unordered_map<const void*, int> cqUsers;
+  uint64_t lastSerial = 0;
+  std::unordered_map<const void*, int> unacked; // events that the program has got, by what they are about
+  std::condition_variable acked;
   int misuse = 0; // calls that a correct program never makes
 };
 
@@ -224,6 +235,11 @@ class Guard {
     state().waiting++;
     lock_.lock();
     state().waiting--;
+  }
+
+  // A queue pair or completion queue that is gone for all others goes when its events have been acknowledged.
+  void awaitAcks(const void* element) {
+    state().acked.wait(lock_, [&] { return state().unacked.count(element) == 0; });
   }
 
  private:

@@ -419,6 +419,7 @@ ibv_qp* ibv_create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
   cap.max_recv_sge = std::max(cap.max_recv_sge, 1u);
   qp->cap = cap;
   qp->signalAll = init->sq_sig_all != 0;
+  qp->serial = ++s.lastSerial;
   pthread_mutex_init(&qp->mutex, nullptr);
   pthread_cond_init(&qp->cond, nullptr);
   s.pdUsers[pd]++;
@@ -438,6 +439,7 @@ int ibv_destroy_qp(ibv_qp* q) {
   if (int e = faultAt("destroy_qp", qp->context)) return e;
   s.qps.erase(qp->qp_num);
   s.active.erase(qp->qp_num);
+  guard.awaitAcks(qp);
   s.pdUsers[qp->pd]--;
   s.cqUsers[qp->send_cq]--;
   s.cqUsers[qp->recv_cq]--;

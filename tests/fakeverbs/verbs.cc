@@ -171,15 +171,28 @@ uint16_t deviceLid(const Device& dev, int port) {
   return state().ib ? uint16_t(0x10 + dev.index * maxPorts + port) : 0;
 }
 
+namespace {
+
+uint64_t serialOf(const void* element) {
+  for (const auto& entry : state().qps)
+    if (entry.second == element) return entry.second->serial;
+  for (const Cq* cq : state().cqs)
+    if (cq == element) return cq->serial;
+  return 0;
+}
+
+} // namespace
+
 void raiseEvent(Device& dev, ibv_event_type type, void* element, int port) {
-  ibv_async_event event = {};
-  event.event_type = type;
+  Raised raised;
+  raised.event.event_type = type;
   if (element != nullptr)
-    event.element.qp = static_cast<ibv_qp*>(element);
+    raised.event.element.qp = static_cast<ibv_qp*>(element);
   else
-    event.element.port_num = port;
+    raised.event.element.port_num = port;
+  if (element != nullptr) raised.serial = serialOf(element);
   for (Context* context : state().contexts)
-    if (context->device == &dev && write(context->asyncPipe, &event, sizeof(event)) == -1) state().misuse++;
+    if (context->device == &dev && write(context->asyncPipe, &raised, sizeof(raised)) == -1) state().misuse++;
 }
 
 void setPort(Device& dev, bool down) {
@@ -478,6 +491,7 @@ ibv_cq* ibv_create_cq(ibv_context* context, int cqe, void* cqContext, ibv_comp_c
   pthread_mutex_init(&cq->mutex, nullptr);
   pthread_cond_init(&cq->cond, nullptr);
   if (channel != nullptr) channel->refcnt++;
+  cq->serial = ++state().lastSerial;
   state().cqs.insert(cq.get());
   return cq.release();
 }
@@ -491,6 +505,7 @@ int ibv_destroy_cq(ibv_cq* c) {
   s.cqUsers.erase(cq);
   s.cqs.erase(cq);
   s.delaying.erase(cq);
+  guard.awaitAcks(cq);
   if (cq->channel != nullptr) cq->channel->refcnt--;
   pthread_mutex_destroy(&cq->mutex);
   pthread_cond_destroy(&cq->cond);
@@ -512,9 +527,25 @@ void ibv_ack_cq_events(ibv_cq* cq, unsigned n) {
 }
 
 int ibv_get_async_event(ibv_context* context, ibv_async_event* event) {
-  return read(context->async_fd, event, sizeof(*event)) == ssize_t(sizeof(*event)) ? 0 : -1;
+  Raised raised;
+  for (;;) {
+    if (read(context->async_fd, &raised, sizeof(raised)) != ssize_t(sizeof(raised))) return -1;
+    if (raised.serial == 0) break; // of a port or a device
+    Guard guard;
+    if (serialOf(raised.event.element.qp) != raised.serial) continue; // it is gone, and its events with it
+    state().unacked[raised.event.element.qp]++;
+    break;
+  }
+  *event = raised.event;
+  return 0;
 }
-void ibv_ack_async_event(ibv_async_event*) {}
+void ibv_ack_async_event(ibv_async_event* event) {
+  Guard guard;
+  auto it = state().unacked.find(event->element.qp);
+  if (it == state().unacked.end()) return; // of a port or a device
+  if (--it->second == 0) state().unacked.erase(it);
+  state().acked.notify_all();
+}
 
 int ibv_fork_init(void) { return 0; }
 enum ibv_fork_status ibv_is_fork_initialized(void) { return IBV_FORK_UNNEEDED; }
