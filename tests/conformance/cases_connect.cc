@@ -321,12 +321,22 @@ CASE("connect.churn", 2, 120, [](Rank& r) {
   const int least = r.count(100), most = r.count(1000);
   r.start();
   int fds = 0, tasks = 0;
+  auto check = [&](int round) {
+    usleep(100000);
+    require(openFds() <= fds + 2, "%d descriptors are open after %d connections, %d were after 10", openFds(), round,
+            fds);
+    require(threads() <= tasks + 1, "%d threads run after %d connections, %d did after 10", threads(), round, tasks);
+  };
   const double begin = seconds();
   for (int i = 0;; i++) {
+    if (i == least) check(i); // before it may run out of them
     bool more = i < least || (i < most && seconds() - begin < 20);
     if (r.rank == 0) r.sendValue(1, more);
     if (r.rank == 1) more = r.receiveValue<bool>(0);
-    if (!more) break;
+    if (!more) {
+      check(i);
+      break;
+    }
     if (r.rank == 0) {
       void* comm = connectTo(r, 1);
       sendMessage(r, comm, 64, 7);
@@ -341,9 +351,6 @@ CASE("connect.churn", 2, 120, [](Rank& r) {
       tasks = threads();
     }
   }
-  usleep(100000);
-  require(openFds() <= fds + 2, "%d descriptors are open, %d were after 10 connections", openFds(), fds);
-  require(threads() <= tasks + 1, "%d threads run, %d did after 10 connections", threads(), tasks);
   r.stop();
 });
 
