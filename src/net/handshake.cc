@@ -62,7 +62,7 @@ IoStatus HelloReader::poll(int fd) {
 void HelloWriter::set(const Hello& hello, const Bytes& body, const Secret& secret, const std::string& token) {
   Hello out = hello;
   out.bodyBytes = static_cast<uint32_t>(body.size());
-  out.proof = helloProof(secret, token, out);
+  out.proof = helloProof(secret, token, out, body.data());
   bytes_.resize(sizeof(out) + body.size());
   memcpy(bytes_.data(), &out, sizeof(out));
   if (!body.empty()) memcpy(bytes_.data() + sizeof(out), body.data(), body.size());
@@ -125,7 +125,7 @@ bool Acceptor::greet(Guest* guest, std::unique_ptr<Peer>* ready) {
   }
   const Hello& hello = guest->reader.hello();
   RejectStatus why = RejectStatus::none;
-  if (hello.proof != helloProof(handle_.secret, token_, hello)) {
+  if (!guest->reader.proven(handle_.secret, token_)) {
     why = RejectStatus::proof;
   } else if (hello.transport != kind_) {
     why = RejectStatus::transport;
@@ -242,7 +242,7 @@ ncclResult_t Dialer::poll(bool* done) {
                     rejectStatusText(reply.status));
       }
       if (reply.kind != HelloKind::reply || reply.transport != hello_.transport ||
-          reply.connectionId != hello_.connectionId || reply.proof != helloProof(handle_.secret, token_, reply)) {
+          reply.connectionId != hello_.connectionId || !reader_.proven(handle_.secret, token_)) {
         return fail(ncclRemoteError, "handshake with peer %s failed: its reply does not belong to this connection",
                     peer_.c_str());
       }

@@ -2,7 +2,8 @@
 //
 // The connector opens its sockets and sends a hello on each.  The listener reads hellos from whoever comes, drops what
 // is not one (or is late), and hands out a peer once all sockets of one connectionId have greeted.  The transport then
-// answers on socket 0.  A message counts only if its proof shows that the sender knows the handle and the job token.
+// answers on socket 0.  A message counts only if its proof shows that the sender knows the handle and the job token,
+// and wrote the body too.
 // Every socket has its own state and deadline, so that nobody can hold up anybody else; nothing blocks.
 #pragma once
 
@@ -32,6 +33,9 @@ class HelloReader {
   ParseResult parseResult() const { return parsed_; }
   const Hello& hello() const { return hello_; }
   const Bytes& body() const { return body_; }
+  bool proven(const Secret& secret, const std::string& token) const {
+    return hello_.proof == helloProof(secret, token, hello_, body_.data());
+  }
 
  private:
   uint8_t header_[sizeof(Hello)];

@@ -50,7 +50,7 @@ class VerbsListener : public Listener {
       const Hello& ready = pending.ready.hello();
       const bool good = status == IoStatus::done && ready.kind == HelloKind::ready &&
                         ready.connectionId == pending.connectionId &&
-                        ready.proof == helloProof(handle().secret, acceptor_.token(), ready);
+                        pending.ready.proven(handle().secret, acceptor_.token());
       if (good) {
         pending.connection->keepSocket(std::move(pending.socket));
         *connection = std::move(pending.connection);

@@ -188,6 +188,7 @@ ncclResult_t VerbsConnection::irecv(int n, void* const* data, const size_t* byte
   r->n = r->open = r->nSizes = n;
   r->sequence = static_cast<uint32_t>(next_ + 1);
   r->rewrite = false;
+  r->ctsQueue = queue;
   counters_.begin();
   if (timed_) r->begin = nowSeconds();
   for (int i = 0; i < n; i++) {

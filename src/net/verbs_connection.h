@@ -123,7 +123,7 @@ class VerbsConnection : public Connection {
     Member members[maxGroup];
     uint32_t sequence = 0;                   // of the group, in a send too
     bool rewrite = false, rewriting = false; // its CTS entries have to be written again, or are on their way
-    uint32_t rewriteQueue = 0;
+    uint32_t ctsQueue = 0;                   // that its CTS entries were written on last
     // Sends and puts.
     uint32_t left = 0, again = 0; // a bit for each piece that is not acknowledged, and that is to be sent again
     uint32_t pieces = 1;

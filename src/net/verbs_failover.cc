@@ -9,7 +9,10 @@
 //   2. It tells the peer over the socket (PathDown), the receiver together with the pieces that have come.
 //   3. A side that has told and was told knows that no write of this path comes or goes any more.  The sender posts
 //      again on the other paths what it had posted on this one and the receiver does not have; the receiver writes
-//      again the CTS entries of its open groups, and uses none of those slots for another group until they are there.
+//      again the CTS entries of its open groups that it had written on this path, and uses none of those slots for
+//      another group until they are there.  Entries that other paths carry are left alone: one that is written again
+//      while the first write is still being retried lets its slot go on, and the first one then comes behind the
+//      entries of the slot's next group.
 // Meanwhile the other paths carry on.  A second failure goes through the same for its own path, whatever of the first
 // is under way, since a piece belongs to exactly one path at a time.  With the last path, or when the peer does not
 // answer in time, or with puts under way (whose target may be in use by now, which nobody counts), the connection fails
@@ -120,11 +123,10 @@ void VerbsConnection::bury(uint32_t index) {
   unsettled_--;
   resuming_ = true;
   for (VerbsRequest& request : requests_) {
-    if (request.kind == kindReceive && request.open > 0) {
-      // Entries that are on their way over another path suffice.
-      if (!request.rewriting || !paths_[queues_[request.rewriteQueue].path]->up) request.rewrite = true;
+    if (!sender_ && queues_[request.ctsQueue].path == index) {
+      request.rewriting = false;
+      request.rewrite = request.kind == kindReceive && request.open > 0;
     }
-    if (request.rewriting && queues_[request.rewriteQueue].path == index) request.rewriting = false;
     if (request.kind != kindSend) continue;
     // The receiver may have gone on to later groups after its report, or before it.
     const uint32_t reported = path.report.sequence[request.slot];
@@ -164,7 +166,7 @@ ncclResult_t VerbsConnection::resume() {
       }
       nextQueue_++;
       request.rewriting = true;
-      request.rewriteQueue = queue;
+      request.ctsQueue = queue;
       MOECHECK(writeCts(static_cast<uint32_t>(&request - requests_.data()), queue, Work::rewrite));
     }
     request.rewrite = false;

@@ -236,7 +236,7 @@ ncclResult_t VerbsConnection::onCompletion(uint32_t pathIndex, const ibv_wc& wc)
     break;
   }
   case Work::rewrite:
-    if (requests_[index].rewriteQueue == queue) requests_[index].rewriting = false;
+    if (requests_[index].ctsQueue == queue) requests_[index].rewriting = false;
     break;
   case Work::control:
     break;

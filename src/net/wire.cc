@@ -88,11 +88,12 @@ uint64_t sipHash(const Secret& key, const void* data, size_t n) {
   return s.v0 ^ s.v1 ^ s.v2 ^ s.v3;
 }
 
-uint64_t helloProof(const Secret& secret, const std::string& token, const Hello& hello) {
+uint64_t helloProof(const Secret& secret, const std::string& token, const Hello& hello, const void* body) {
   Hello bare = hello;
   bare.proof = 0;
   std::string text(sizeof(bare), '\0');
   memcpy(&text[0], &bare, sizeof(bare));
+  if (hello.bodyBytes != 0) text.append(static_cast<const char*>(body), hello.bodyBytes);
   text += token;
   return sipHash(secret, text.data(), text.size());
 }

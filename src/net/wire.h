@@ -13,7 +13,7 @@ namespace moe {
 namespace net {
 
 constexpr uint32_t wireMagic = 0x4e454f4d; // "MOEN"
-constexpr uint16_t wireVersion = 2;
+constexpr uint16_t wireVersion = 3;
 constexpr uint32_t maxBodyBytes = 4096;
 constexpr int maxSockets = 64;
 
@@ -62,7 +62,7 @@ struct Hello {
   uint16_t socketIndex = 0;
   uint16_t nSockets = 1;
   uint64_t connectionId = 0; // drawn by the connector; the same on all its sockets
-  uint64_t proof = 0;        // keyed hash of this header with proof 0, and of the job token
+  uint64_t proof = 0;        // keyed hash of this header with proof 0, of the body, and of the job token
   uint64_t reserved[3] = {0, 0, 0};
 };
 static_assert(sizeof(Hello) == 64 && std::is_trivially_copyable<Hello>::value, "wire format");
@@ -76,7 +76,8 @@ ParseResult parseHandle(const void* bytes, size_t n, Handle* handle);
 ParseResult parseHello(const void* bytes, size_t n, Hello* hello);
 
 uint64_t sipHash(const Secret& key, const void* data, size_t n); // SipHash-2-4
-uint64_t helloProof(const Secret& secret, const std::string& token, const Hello& hello);
+// body: hello.bodyBytes of it.
+uint64_t helloProof(const Secret& secret, const std::string& token, const Hello& hello, const void* body);
 
 // What the transports add to hello and reply.  A newer peer may say more after it.
 struct TcpBody {

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -264,17 +265,17 @@ ncclResult_t stream(Rank& r, void* comm, const std::function<void(int)>& before)
 }
 
 // On one of the devices of rank 0 something happens before its fourth message.  With that device alone both sides get an
-// error; ports that are merged carry on with all messages.
-void deviceFails(Rank& r, const Fake& f, const char* what, ncclResult_t there) {
+// error; ports that are merged carry on with all messages, if one of them can make up for it.
+void deviceFails(Rank& r, const Fake& f, const char* what, ncclResult_t there, bool survivable = true) {
   require(f.inject("clear") == 0, "clear");
   void* comm = r.rank == 0 ? connectTo(r, 1) : acceptFrom(r, 0);
-  bool merged = !r.options->merge.empty();
+  bool survives = survivable && !r.options->merge.empty();
   ncclResult_t result = stream(r, comm, [&](int i) {
     if (r.rank == 0 && i == 3) require(f.inject((std::string("now@fake0=") + what).c_str()) == 0, "rule");
     // The event goes through a thread; on two ports messages may pass all the same.
-    if (r.rank == 0 && i > 3 && !merged) usleep(20000);
+    if (r.rank == 0 && i > 3 && !survives) usleep(20000);
   });
-  ncclResult_t expected = merged ? ncclSuccess : r.rank == 0 ? there : ncclRemoteError;
+  ncclResult_t expected = survives ? ncclSuccess : r.rank == 0 ? there : ncclRemoteError;
   require(result == expected, "%s: the messages end with %d, not %d", what, int(result), int(expected));
   r.rank == 0 ? closeSend(r, comm) : closeRecv(r, comm);
   r.meet(1 - r.rank);
@@ -291,6 +292,21 @@ CASE("verbs.device_fatal", 2, 150, [](Rank& r) {
   r.stop();
 });
 
+// One event about one object: the other connections of the device are not affected, so a clean one follows.
+void objectFails(Rank& r, const char* event, bool survivable) {
+  r.start();
+  Fake f = fake();
+  deviceFails(r, f, (std::string("event:") + event).c_str(), ncclSystemError, survivable);
+  require(attempt(r, event) == ncclSuccess, "no connection after %s of another one", event);
+  r.stop();
+  nothingLeft(f, event);
+}
+
+CASE("verbs.qp_fatal", 2, 150, [](Rank& r) { objectFails(r, "QP_FATAL", true); });
+CASE("verbs.qp_access_error", 2, 150, [](Rank& r) { objectFails(r, "QP_ACCESS_ERR", true); });
+// Completions are lost, also those that say what has come: no other port can make up for that.
+CASE("verbs.cq_error", 2, 150, [](Rank& r) { objectFails(r, "CQ_ERR", false); });
+
 CASE("verbs.port_down", 2, 150, [](Rank& r) {
   r.start();
   Fake f = fake();
@@ -300,6 +316,63 @@ CASE("verbs.port_down", 2, 150, [](Rank& r) {
   require(attempt(r, "port up again") == ncclSuccess, "no connection after the port came back");
   r.stop();
   nothingLeft(f, "port down");
+});
+
+CASE("verbs.dmabuf", 2, 90, [](Rank& r) {
+  // GPU memory, whose part a memfd plays, in groups of every size; what the fake device wrote there can be seen after a
+  // flush, and not before.
+  setenv("FAKEVERBS_DMABUF", "1", 1);
+  r.start();
+  Fake f = fake();
+  Properties props;
+  requireOk(r.net.properties(r.dev, &props));
+  require((props.ptrSupport & NCCL_PTR_DMABUF) != 0, "ptrSupport is %#x, without dma-bufs", props.ptrSupport);
+  require(r.net.hasDmaBuf(), "dma-bufs are offered, but there is no regMrDmaBuf");
+  void* comm = r.rank == 0 ? connectTo(r, 1) : acceptFrom(r, 0);
+  constexpr size_t each = 200000, offset = 4096 + 64;
+  const auto most = size_t(r.maxRecvs);
+  int fd = memfd_create("gpu", MFD_CLOEXEC);
+  require(fd != -1 && ftruncate(fd, off_t(offset + most * each)) == 0, "no memfd");
+  void* map = mmap(nullptr, offset + most * each, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  require(map != MAP_FAILED, "cannot map a memfd");
+  auto* memory = static_cast<uint8_t*>(map) + offset;
+  void* m = nullptr;
+  requireOk(r.net.regMrDmaBuf(comm, memory, most * each, offset, fd, &m));
+  close(fd);
+  for (size_t n = 1; n <= most; n++) {
+    Buffer want(n * each);
+    want.fill(n);
+    if (r.rank == 0) {
+      memcpy(memory, want.data(), want.size());
+      for (size_t i = 0; i < n; i++) waitDone(r, postSend(r, comm, memory + i * each, each, int(i), m));
+      continue;
+    }
+    std::vector<void*> data, mhandles(n, m);
+    std::vector<size_t> rooms(n, each);
+    std::vector<int> tags, sizes(n, int(each));
+    for (size_t i = 0; i < n; i++) {
+      data.push_back(memory + i * each);
+      tags.push_back(int(i));
+    }
+    double begin = seconds();
+    void* q = nullptr;
+    while (q == nullptr) {
+      requireOk(r.net.irecv(comm, int(n), data.data(), rooms.data(), tags.data(), mhandles.data(), &q));
+      require(seconds() - begin < r.bound(), "irecv is never taken");
+    }
+    waitDone(r, q);
+    require(memcmp(memory, want.data(), want.size()) != 0, "the data can be seen before the flush");
+    requireOk(r.net.iflush(comm, int(n), data.data(), sizes.data(), mhandles.data(), &q));
+    require(q != nullptr, "a flush of GPU memory is nothing to wait for");
+    waitDone(r, q);
+    require(memcmp(memory, want.data(), want.size()) == 0, "wrong data after the flush of %zu members", n);
+  }
+  r.meet(1 - r.rank);
+  requireOk(r.net.deregMr(comm, m));
+  r.rank == 0 ? closeSend(r, comm) : closeRecv(r, comm);
+  munmap(map, offset + most * each);
+  r.stop();
+  nothingLeft(f, "finalize");
 });
 
 CASE("verbs.registrations_given_back", 2, 90, [](Rank& r) {

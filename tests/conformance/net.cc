@@ -268,6 +268,14 @@ ncclResult_t Net::regMr(void* comm, void* data, size_t bytes, void** mhandle) {
   return table([&](const auto& t) { return t.regMr(comm, data, bytes, NCCL_PTR_HOST, mhandle); });
 }
 
+bool Net::hasDmaBuf() const {
+  return table([](const auto& t) { return t.regMrDmaBuf != nullptr; });
+}
+
+ncclResult_t Net::regMrDmaBuf(void* comm, void* data, size_t bytes, uint64_t offset, int fd, void** mhandle) {
+  return table([&](const auto& t) { return t.regMrDmaBuf(comm, data, bytes, NCCL_PTR_CUDA, offset, fd, mhandle); });
+}
+
 ncclResult_t Net::deregMr(void* comm, void* mhandle) {
   return table([&](const auto& t) { return t.deregMr(comm, mhandle); });
 }

@@ -45,6 +45,8 @@ class Net {
   ncclResult_t connect(int dev, void* handle, void** comm);
   ncclResult_t accept(void* listenComm, void** comm);
   ncclResult_t regMr(void* comm, void* data, size_t bytes, void** mhandle);
+  bool hasDmaBuf() const;
+  ncclResult_t regMrDmaBuf(void* comm, void* data, size_t bytes, uint64_t offset, int fd, void** mhandle); // of a GPU
   ncclResult_t deregMr(void* comm, void* mhandle);
   ncclResult_t isend(void* comm, void* data, size_t bytes, int tag, void* mhandle, void** request);
   ncclResult_t irecv(void* comm, int n, void** data, size_t* sizes, int* tags, void** mhandles, void** request);

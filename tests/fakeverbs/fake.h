@@ -13,6 +13,8 @@
 //   FAKEVERBS_REORDER  1: queue pairs overtake one another at random      FAKEVERBS_SEED  for these two (1)
 //   FAKEVERBS_ADAPTIVE 1: as on a network with adaptive routing, a later write may be in memory before the data of an
 //                      earlier one of its queue pair; all else still comes after them
+//   FAKEVERBS_DMABUF   1: registers dma-bufs, for which memfds do (read anew with each call).  What is written there stays
+//                      in the device until something there is read through it, as may be with the memory of a GPU
 //   FAKEVERBS_FAULTS   scripted faults: faults.cc                          FAKEVERBS_REPORT  file: see report()
 #pragma once
 
@@ -55,9 +57,17 @@ constexpr int qpIndexBits = 15;
 constexpr uint32_t maxSlots = (1u << (24 - qpIndexBits)) - 1;
 constexpr uint32_t maxInline = 512, maxSge = 16, maxWr = 16384, maxCqe = 1 << 20, maxMsg = 1u << 30;
 
+// Data of a write that has been acknowledged and is not in memory yet.
+struct Held {
+  char* to = nullptr;
+  std::vector<char> data;
+  Time ready;
+};
+
 struct Device : ibv_device {
   int index = 0;
   bool portDown[maxPorts + 1] = {};
+  std::vector<Held> unflushed; // of dma-bufs
   uint64_t guid() const { return 0x0200fa4e00000000ull + uint64_t(index + 1); }
 };
 
@@ -71,6 +81,10 @@ struct Pd : ibv_pd {};
 struct Mr : ibv_mr {
   uint64_t iova = 0;
   unsigned access = 0;
+  void* map = nullptr; // of a dma-buf
+  size_t mapBytes = 0;
+  Mr() : ibv_mr{} {}
+  ~Mr();
 };
 
 struct Channel : ibv_comp_channel {
@@ -86,7 +100,14 @@ struct Cqe {
   Time ready;
 };
 
+// What the pipe of a context carries.
+struct Raised {
+  ibv_async_event event = {};
+  uint64_t serial = 0; // of the queue pair or completion queue that it is about
+};
+
 struct Cq : ibv_cq {
+  uint64_t serial = 0;
   std::deque<Cqe> visible;
   std::deque<Cqe> delayed;
   std::atomic<int> count{0}; // of visible: lets pollers look without the lock
@@ -113,14 +134,8 @@ struct RecvWqe {
   uint64_t length = 0;
 };
 
-// Data of a write that has been acknowledged and is not in memory yet.
-struct Held {
-  char* to = nullptr;
-  std::vector<char> data;
-  Time ready;
-};
-
 struct Qp : ibv_qp {
+  uint64_t serial = 0;
   ibv_qp_cap cap = {};
   bool signalAll = false;
   ibv_qp_attr attr = {};
@@ -205,6 +220,9 @@ struct State {
   std::unordered_map<uint32_t, Qp*> qps;        // by number
   std::unordered_map<const void*, int> pdUsers; // objects in a protection domain
   std::unordered_map<const void*, int> cqUsers;
+  uint64_t lastSerial = 0;
+  std::unordered_map<const void*, int> unacked; // events that the program has got, by what they are about
+  std::condition_variable acked;
   int misuse = 0; // calls that a correct program never makes
 };
 
@@ -217,6 +235,11 @@ class Guard {
     state().waiting++;
     lock_.lock();
     state().waiting--;
+  }
+
+  // A queue pair or completion queue that is gone for all others goes when its events have been acknowledged.
+  void awaitAcks(const void* element) {
+    state().acked.wait(lock_, [&] { return state().unacked.count(element) == 0; });
   }
 
  private:
@@ -241,6 +264,7 @@ bool scatter(const Qp& qp, const std::vector<ibv_sge>& sges, uint64_t offset, co
 bool listOk(const Qp& qp, const std::vector<ibv_sge>& sges, unsigned access);
 
 void placeHeld(Qp& qp, Time now); // of the writes held back those that are due
+void flushDevice(Device& dev);    // what was written to dma-bufs
 void qpToError(Qp& qp);
 void completeSend(Qp& qp, ibv_wc_status status);
 // Returns the status after scripted faults; on an error the queue pair is in the error state afterwards.
@@ -257,7 +281,9 @@ int armCq(ibv_cq* cq, int solicitedOnly);
 int postSend(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad);
 int postRecv(ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad);
 
-// Faults.  faultAt returns the errno that this call of the named verb shall fail with, or 0.
+// Faults.  faultAt returns the errno that this call of the named verb shall fail with, 0, or, at post_send, that the queue
+// pair stalls.
+constexpr int faultStall = -1;
 bool faultsParse(const char* script, std::string* error);
 bool faultsAny(); // without the lock
 int faultAt(const char* point, const ibv_context* context);

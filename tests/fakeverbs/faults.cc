@@ -4,12 +4,15 @@
 //   now[@DEVICE]=ACTION            at once, and
 //   clear                          forgets the rules so far: both for fakeverbsInject
 //
-// POINT is a verb without its prefix (create_qp, reg_mr, post_send, poll_cq, modify_qp, ...), or wc, wc.send, wc.recv:
+// POINT is a verb without its prefix (create_qp, reg_mr, reg_dmabuf_mr, post_send, poll_cq, modify_qp, ...), or wc, wc.send, wc.recv:
 // the Nth completion.  ACTION is
 //   ENOMEM, EINVAL, ... or a number   the verb fails with that errno (poll_cq: returns -1)
 //   status:NAME                       the completion gets that status (RETRY_EXC_ERR, ...), its queue pair fails
 //   event:NAME                        an asynchronous event (PORT_ERR, DEVICE_FATAL, QP_FATAL, GID_CHANGE, ...)
 //   portdown, portup                  the device's ports lose or regain the link, with the event
+//   stall                             at post_send: the queue pair sends nothing from this request on, as after a lost
+//                                     packet with a long timeout, until
+//   go                                all stalled queue pairs of the device go on
 //   kill                              SIGKILL for the own process
 // Calls are counted for each rule by itself.
 #include <csignal>
@@ -87,7 +90,7 @@ std::string suffix(const std::string& action, const char* prefix) {
 }
 
 bool actionOk(const std::string& action) {
-  return action == "kill" || action == "portdown" || action == "portup" || errnoOf(action) > 0 ||
+  return action == "kill" || action == "portdown" || action == "portup" || action == "go" || errnoOf(action) > 0 ||
          indexOf(statuses, suffix(action, "status:")) >= 0 || indexOf(events, suffix(action, "event:")) >= 0;
 }
 
@@ -96,6 +99,13 @@ int act(const std::string& action, Device& dev) {
   if (action == "kill") kill(getpid(), SIGKILL);
   if (action == "portdown" || action == "portup") {
     setPort(dev, action == "portdown");
+    return 0;
+  }
+  if (action == "stall") return faultStall;
+  if (action == "go") {
+    for (const auto& q : state().qps)
+      if (q.second->dev() == &dev && q.second->holdUntil == Time::max()) q.second->holdUntil = Time();
+    engineWake();
     return 0;
   }
   int event = indexOf(events, suffix(action, "event:"));
@@ -137,7 +147,8 @@ bool faultsParse(const char* script, std::string* error) {
     if (eq == std::string::npos) return false;
     Rule rule;
     rule.action = item.substr(eq + 1);
-    if (!actionOk(rule.action)) return false;
+    bool stalls = rule.action == "stall";
+    if (!stalls && !actionOk(rule.action)) return false;
     std::string left = item.substr(0, eq);
     if (size_t hash = left.find('#'); hash != std::string::npos) {
       char* after = nullptr;
@@ -151,6 +162,7 @@ bool faultsParse(const char* script, std::string* error) {
       left.resize(at);
     }
     rule.point = left;
+    if (stalls && rule.point != "post_send") return false;
     if (rule.point == "now") {
       for (auto& dev : state().devices)
         if (rule.device.empty() || rule.device == dev->name) act(rule.action, *dev);

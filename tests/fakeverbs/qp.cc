@@ -340,6 +340,10 @@ int postSend(ibv_qp* q, ibv_send_wr* wr, ibv_send_wr** bad) {
   int result = 0;
   for (; wr != nullptr; wr = wr->next) {
     result = faultAt("post_send", qp.context);
+    if (result == faultStall) {
+      qp.holdUntil = Time::max();
+      result = 0;
+    }
     uint64_t length = 0;
     for (int i = 0; i < wr->num_sge; i++) length += wr->sg_list[i].length;
     if (result == 0) result = checkSend(qp, *wr, length);
@@ -415,6 +419,7 @@ ibv_qp* ibv_create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
   cap.max_recv_sge = std::max(cap.max_recv_sge, 1u);
   qp->cap = cap;
   qp->signalAll = init->sq_sig_all != 0;
+  qp->serial = ++s.lastSerial;
   pthread_mutex_init(&qp->mutex, nullptr);
   pthread_cond_init(&qp->cond, nullptr);
   s.pdUsers[pd]++;
@@ -434,6 +439,7 @@ int ibv_destroy_qp(ibv_qp* q) {
   if (int e = faultAt("destroy_qp", qp->context)) return e;
   s.qps.erase(qp->qp_num);
   s.active.erase(qp->qp_num);
+  guard.awaitAcks(qp);
   s.pdUsers[qp->pd]--;
   s.cqUsers[qp->send_cq]--;
   s.cqUsers[qp->recv_cq]--;

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "fake.h"
@@ -91,17 +92,16 @@ bool mapped(const void* addr, size_t length) {
   return msync(reinterpret_cast<void*>(from), last - from, MS_ASYNC) == 0;
 }
 
-ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
-  Guard guard;
+// Null with errno set on failure.  The caller holds the lock.
+Mr* registerLocked(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
   State& s = state();
-  if (int e = faultAt("reg_mr", pd->context)) return failWith<ibv_mr>(e);
   unsigned basic = access & ~unsigned(IBV_ACCESS_OPTIONAL_RANGE);
   if ((basic & (IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC)) && !(basic & IBV_ACCESS_LOCAL_WRITE))
-    return failWith<ibv_mr>(EINVAL);
+    return failWith<Mr>(EINVAL);
   if (basic &
       ~unsigned(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC))
-    return failWith<ibv_mr>(EOPNOTSUPP);
-  if (!mapped(addr, length)) return failWith<ibv_mr>(EFAULT);
+    return failWith<Mr>(EOPNOTSUPP);
+  if (!mapped(addr, length)) return failWith<Mr>(EFAULT);
   uint32_t index;
   do index = s.random() & 0xffffff;
   while (index == 0 || s.mrs.count(index) != 0);
@@ -120,6 +120,12 @@ ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigne
   return s.mrs[index] = mr.release();
 }
 
+ibv_mr* registerMr(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
+  Guard guard;
+  if (int e = faultAt("reg_mr", pd->context)) return failWith<ibv_mr>(e);
+  return registerLocked(pd, addr, length, iova, access);
+}
+
 } // namespace
 
 State& state() {
@@ -131,6 +137,10 @@ State& state() {
     return instance;
   }();
   return *s;
+}
+
+Mr::~Mr() {
+  if (map != nullptr) munmap(map, mapBytes);
 }
 
 Mr* findMr(uint32_t key, bool remote) {
@@ -161,15 +171,28 @@ uint16_t deviceLid(const Device& dev, int port) {
   return state().ib ? uint16_t(0x10 + dev.index * maxPorts + port) : 0;
 }
 
+namespace {
+
+uint64_t serialOf(const void* element) {
+  for (const auto& entry : state().qps)
+    if (entry.second == element) return entry.second->serial;
+  for (const Cq* cq : state().cqs)
+    if (cq == element) return cq->serial;
+  return 0;
+}
+
+} // namespace
+
 void raiseEvent(Device& dev, ibv_event_type type, void* element, int port) {
-  ibv_async_event event = {};
-  event.event_type = type;
+  Raised raised;
+  raised.event.event_type = type;
   if (element != nullptr)
-    event.element.qp = static_cast<ibv_qp*>(element);
+    raised.event.element.qp = static_cast<ibv_qp*>(element);
   else
-    event.element.port_num = port;
+    raised.event.element.port_num = port;
+  if (element != nullptr) raised.serial = serialOf(element);
   for (Context* context : state().contexts)
-    if (context->device == &dev && write(context->asyncPipe, &event, sizeof(event)) == -1) state().misuse++;
+    if (context->device == &dev && write(context->asyncPipe, &raised, sizeof(raised)) == -1) state().misuse++;
 }
 
 void setPort(Device& dev, bool down) {
@@ -386,7 +409,29 @@ ibv_mr* ibv_reg_mr_iova(ibv_pd* pd, void* addr, size_t length, uint64_t iova, in
 ibv_mr* ibv_reg_mr_iova2(ibv_pd* pd, void* addr, size_t length, uint64_t iova, unsigned access) {
   return registerMr(pd, addr, length, iova, access);
 }
-ibv_mr* ibv_reg_dmabuf_mr(ibv_pd*, uint64_t, size_t, uint64_t, int, int) { return failWith<ibv_mr>(EOPNOTSUPP); }
+ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* pd, uint64_t offset, size_t length, uint64_t iova, int fd, int access) {
+  if (envInt("FAKEVERBS_DMABUF", 0, 0, 1) == 0) return failWith<ibv_mr>(EOPNOTSUPP);
+  Guard guard;
+  if (int e = faultAt("reg_dmabuf_mr", pd->context)) return failWith<ibv_mr>(e);
+  struct stat file;
+  if (fstat(fd, &file) == -1) return nullptr;
+  // The kernel asks for the same place in a page on both sides.
+  uint64_t lead = offset % uint64_t(sysconf(_SC_PAGESIZE));
+  if (length == 0 || length > uint64_t(file.st_size) || offset > uint64_t(file.st_size) - length ||
+      lead != iova % uint64_t(sysconf(_SC_PAGESIZE)))
+    return failWith<ibv_mr>(EINVAL);
+  void* map = mmap(nullptr, lead + length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, off_t(offset - lead));
+  if (map == MAP_FAILED) return nullptr;
+  Mr* mr = registerLocked(pd, static_cast<char*>(map) + lead, length, iova, unsigned(access));
+  if (mr == nullptr) {
+    int e = errno;
+    munmap(map, lead + length);
+    return failWith<ibv_mr>(e);
+  }
+  mr->map = map;
+  mr->mapBytes = lead + length;
+  return mr;
+}
 
 int ibv_dereg_mr(ibv_mr* mr) {
   Guard guard;
@@ -395,6 +440,7 @@ int ibv_dereg_mr(ibv_mr* mr) {
     if (it->second != mr) continue;
     if (int e = faultAt("dereg_mr", mr->context)) return e;
     for (auto& entry : s.qps) placeHeld(*entry.second, Time::max()); // the memory may go now
+    flushDevice(*static_cast<Device*>(mr->context->device));
     s.pdUsers[mr->pd]--;
     std::unique_ptr<Mr> owned(it->second);
     s.mrs.erase(it);
@@ -445,6 +491,7 @@ ibv_cq* ibv_create_cq(ibv_context* context, int cqe, void* cqContext, ibv_comp_c
   pthread_mutex_init(&cq->mutex, nullptr);
   pthread_cond_init(&cq->cond, nullptr);
   if (channel != nullptr) channel->refcnt++;
+  cq->serial = ++state().lastSerial;
   state().cqs.insert(cq.get());
   return cq.release();
 }
@@ -458,6 +505,7 @@ int ibv_destroy_cq(ibv_cq* c) {
   s.cqUsers.erase(cq);
   s.cqs.erase(cq);
   s.delaying.erase(cq);
+  guard.awaitAcks(cq);
   if (cq->channel != nullptr) cq->channel->refcnt--;
   pthread_mutex_destroy(&cq->mutex);
   pthread_cond_destroy(&cq->cond);
@@ -479,9 +527,25 @@ void ibv_ack_cq_events(ibv_cq* cq, unsigned n) {
 }
 
 int ibv_get_async_event(ibv_context* context, ibv_async_event* event) {
-  return read(context->async_fd, event, sizeof(*event)) == ssize_t(sizeof(*event)) ? 0 : -1;
+  Raised raised;
+  for (;;) {
+    if (read(context->async_fd, &raised, sizeof(raised)) != ssize_t(sizeof(raised))) return -1;
+    if (raised.serial == 0) break; // of a port or a device
+    Guard guard;
+    if (serialOf(raised.event.element.qp) != raised.serial) continue; // it is gone, and its events with it
+    state().unacked[raised.event.element.qp]++;
+    break;
+  }
+  *event = raised.event;
+  return 0;
 }
-void ibv_ack_async_event(ibv_async_event*) {}
+void ibv_ack_async_event(ibv_async_event* event) {
+  Guard guard;
+  auto it = state().unacked.find(event->element.qp);
+  if (it == state().unacked.end()) return; // of a port or a device
+  if (--it->second == 0) state().unacked.erase(it);
+  state().acked.notify_all();
+}
 
 int ibv_fork_init(void) { return 0; }
 enum ibv_fork_status ibv_is_fork_initialized(void) { return IBV_FORK_UNNEEDED; }
@@ -509,6 +573,8 @@ const char* ibv_event_type_str(ibv_event_type type) {
     return "CQ error";
   case IBV_EVENT_QP_FATAL:
     return "local work queue catastrophic error";
+  case IBV_EVENT_QP_ACCESS_ERR:
+    return "local access violation work queue error";
   case IBV_EVENT_DEVICE_FATAL:
     return "local catastrophic error";
   case IBV_EVENT_PORT_ACTIVE:

@@ -264,7 +264,9 @@ int execute(Conn& conn, Qp& qp, const Header& h, const char* data) {
     char* to = h.total == 0 ? nullptr : target(qp, h, h.raddr, h.total, IBV_ACCESS_REMOTE_WRITE);
     if (h.total > 0 && to == nullptr) return nakAccess;
     if (h.op == IBV_WR_RDMA_WRITE_WITH_IMM && qp.rq.empty()) return nakNotReady;
-    if (state().adaptive && h.op == IBV_WR_RDMA_WRITE && h.total > 8) {
+    if (h.length > 0 && findMr(h.rkey, true)->map != nullptr) {
+      qp.dev()->unflushed.push_back({to + h.offset, std::vector<char>(data, data + h.length), Time()});
+    } else if (state().adaptive && h.op == IBV_WR_RDMA_WRITE && h.total > 8) {
       qp.held.push_back({to + h.offset, std::vector<char>(data, data + h.length),
                          Clock::now() + std::chrono::microseconds(state().random() % 500)});
     } else if (h.length > 0) {
@@ -291,6 +293,7 @@ int execute(Conn& conn, Qp& qp, const Header& h, const char* data) {
     if (!(rights & IBV_ACCESS_REMOTE_READ)) return nakInvalid;
     char* from = h.total == 0 ? nullptr : target(qp, h, h.raddr, h.total, IBV_ACCESS_REMOTE_READ);
     if (h.total > 0 && from == nullptr) return nakAccess;
+    if (h.total > 0 && findMr(h.rkey, true)->map != nullptr) flushDevice(*qp.dev());
     respond(conn, h, from, h.total);
     break;
   }
@@ -517,6 +520,11 @@ void closeAll() {
 void placeHeld(Qp& qp, Time now) {
   for (; !qp.held.empty() && qp.held.front().ready <= now; qp.held.pop_front())
     dmaCopy(qp.held.front().to, qp.held.front().data.data(), qp.held.front().data.size());
+}
+
+void flushDevice(Device& dev) {
+  for (const Held& held : dev.unflushed) dmaCopy(held.to, held.data.data(), held.data.size());
+  dev.unflushed.clear();
 }
 
 int engineStart() {

@@ -1,4 +1,5 @@
-// The proxy on real connections: two processes' halves in this one, each with its own proxy thread.
+// The proxy on real connections: two processes' halves in this one, each with its own proxy thread.  It is part of the verbs
+// tests too, so over TCP and over (fake) verbs.
 #include "net/proxy_engine.h"
 
 #include <gtest/gtest.h>
@@ -32,7 +33,11 @@ struct Side {
     ring.base = static_cast<char*>(ringMemory.get());
   }
   Memory sendMemory() { return Memory{memory.data(), dataBytes}; }
-  Memory receiveMemory() { return Memory{memory.data() + dataBytes, dataBytes + 8 * blocks}; }
+  Memory receiveMemory() {
+    Memory all{memory.data() + dataBytes, dataBytes + 8 * blocks};
+    all.strictOrder = true; // signals are stored there too
+    return all;
+  }
   uint64_t signal(int i) const {
     return __atomic_load_n(reinterpret_cast<const uint64_t*>(memory.data() + 2 * dataBytes) + i, __ATOMIC_ACQUIRE);
   }

@@ -24,17 +24,26 @@ TEST(Wire, SipHashMatchesItsPublishedVectors) {
   EXPECT_EQ(sipHash(key, bytes, 63), 0x958a324ceb064572ull);
 }
 
-TEST(Wire, ProofDependsOnSecretTokenAndHeader) {
+TEST(Wire, ProofDependsOnSecretTokenHeaderAndBody) {
   Secret secret{{1, 2}}, other{{1, 3}};
   Hello hello;
   hello.connectionId = 42;
-  const uint64_t proof = helloProof(secret, "token", hello);
-  EXPECT_NE(proof, helloProof(other, "token", hello));
-  EXPECT_NE(proof, helloProof(secret, "tokem", hello));
+  hello.bodyBytes = 20;
+  unsigned char body[20] = {7, 8, 9};
+  const uint64_t proof = helloProof(secret, "token", hello, body);
+  EXPECT_NE(proof, helloProof(other, "token", hello, body));
+  EXPECT_NE(proof, helloProof(secret, "tokem", hello, body));
   hello.proof = proof;
-  EXPECT_EQ(proof, helloProof(secret, "token", hello));
+  EXPECT_EQ(proof, helloProof(secret, "token", hello, body));
+  for (unsigned char& byte : body) {
+    byte ^= 0x10;
+    EXPECT_NE(proof, helloProof(secret, "token", hello, body));
+    byte ^= 0x10;
+  }
   hello.connectionId++;
-  EXPECT_NE(proof, helloProof(secret, "token", hello));
+  EXPECT_NE(proof, helloProof(secret, "token", hello, body));
+  hello.bodyBytes = 0; // there is none then
+  EXPECT_NE(proof, helloProof(secret, "token", hello, nullptr));
 }
 
 TEST(Wire, HandleParses) {

@@ -124,6 +124,77 @@ TEST_F(Failover, aSecondFailureIsSurvivedWhileAThirdPortWorks) {
   }
 }
 
+// A CTS entry that is stuck on a port that works must not come behind that of its slot's next group.  Group 3 has its
+// entry stuck on queue pair 3, of the first port, and group 2 its own on the third port, which then fails.
+TEST_F(Failover, aLateEntryOfAWorkingPortOverwritesNoNewerOne) {
+  constexpr size_t total = 80;
+  connect(merged({0, 1, 2}), merged({3, 4, 5}));
+  ASSERT_FALSE(HasFatalFailure());
+  Block from(sender.get(), total * 64), into(receiver.get(), total * 64);
+  from.fill(random());
+  into.poison();
+  std::vector<Request*> sends, receives;
+  size_t sent = 0, received = 0; // completed
+  const auto post = [&] {
+    void* data = into.data() + receives.size() * 64;
+    const size_t room = 64;
+    const int tag = 0;
+    Region* region = into.region();
+    Request* request = nullptr;
+    EXPECT_EQ(receiver->irecv(1, &data, &room, &tag, &region, &request), ncclSuccess) << lastError();
+    if (request != nullptr) receives.push_back(request);
+    return request != nullptr;
+  };
+  const auto poll = [&] {
+    bool done = false;
+    Request* request = nullptr;
+    EXPECT_EQ(receiver->progress(), ncclSuccess) << lastError();
+    if (sends.size() < receives.size()) {
+      const char* data = from.data() + sends.size() * 64;
+      EXPECT_EQ(sender->isend(data, 64, 0, from.region(), &request), ncclSuccess) << lastError();
+      if (request != nullptr) sends.push_back(request);
+    }
+    if (sent < sends.size()) {
+      EXPECT_EQ(sender->test(sends[sent], &done, nullptr), ncclSuccess) << lastError();
+      if (done) sent++;
+    } else {
+      EXPECT_EQ(sender->progress(), ncclSuccess) << lastError();
+    }
+    done = false;
+    if (received < receives.size()) {
+      EXPECT_EQ(receiver->test(receives[received], &done, nullptr), ncclSuccess) << lastError();
+      if (done) received++;
+    }
+  };
+  ASSERT_TRUE(post() && post());
+  ASSERT_TRUE(eventually([&] {
+    poll();
+    return received == 2 || HasFailure();
+  }));
+  fakeFault("post_send@fake5#1=stall;post_send@fake3#1=stall");
+  ASSERT_TRUE(post() && post());
+  fakeFault("now@fake5=event:QP_FATAL");
+  ASSERT_TRUE(eventually([&] {
+    poll();
+    return received > 2 || HasFailure();
+  }));
+  EXPECT_EQ(failovers, 2);
+  // Time enough for the stuck entry to be written again over another queue pair, for its slot to be taken by group 35, and
+  // for that one's entry to arrive.
+  for (int i = 0; i < 20000 && !HasFailure(); i++) {
+    if (receives.size() < total) post();
+    poll();
+  }
+  fakeFault("now@fake3=go");
+  EXPECT_TRUE(eventually([&] {
+    if (receives.size() < total) post();
+    poll();
+    return (received == total && sent == total) || HasFailure();
+  }))
+    << received << " groups came";
+  EXPECT_EQ(memcmp(into.data(), from.data(), total * 64), 0);
+}
+
 TEST_F(Failover, theLastPortsFailureIsAnErrorOnBothSides) {
   connect(merged({0, 1}), merged({2, 3}));
   const double begin = nowSeconds();

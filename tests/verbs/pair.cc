@@ -68,6 +68,11 @@ void fakeFault(const std::string& script) {
   ASSERT_EQ(inject(script.c_str()), 0) << script;
 }
 
+int fakeFired() {
+  auto* fired = fakeFunction<int()>("fakeverbsFired");
+  return fired != nullptr ? fired() : -1;
+}
+
 int queuesWith(int serviceLevel, int trafficClass) {
   auto* traffic = fakeFunction<int(int, int)>("fakeverbsTraffic");
   return traffic != nullptr ? traffic(serviceLevel, trafficClass) : -1;

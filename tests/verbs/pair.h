@@ -20,6 +20,7 @@ namespace net {
 
 extern std::atomic<int> failovers;         // paths given up, by either side, in this test
 void fakeFault(const std::string& script); // see tests/fakeverbs/faults.cc
+int fakeFired();                           // how often rules have acted since the last clear
 int queuesWith(int serviceLevel, int trafficClass);
 
 // Memory between guards, registered on a connection.
