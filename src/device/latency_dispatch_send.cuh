@@ -1,0 +1,210 @@
+// The sending half of latency mode's dispatch; latency_dispatch.cu tells the protocol.
+#pragma once
+
+#include "device/cast.cuh"
+#include "device/latency.cuh"
+
+namespace moe {
+
+constexpr uint32_t kWeightedBit = 1u << 31; // in a header's word x, beside the number of tokens: they have weights
+
+static __device__ void reportIndex(const LatencyDispatchArgs& a, const Call& call, int code, int token, int position,
+                                   long long expert) {
+  if (atomicExch(&stateOf(a.view)->badCall, call.number + 1) == call.number + 1) return;
+  volatile RoutingOutcome* o = a.view.outcome;
+  o->token = token;
+  o->position = position;
+  o->expert = static_cast<int>(expert > INT32_MAX ? INT32_MAX : expert < INT32_MIN ? INT32_MIN : expert);
+  __threadfence_system();
+  o->code = code;
+  __threadfence(); // before the token's picks are sent
+}
+
+// What a warp is about to send, its loads under way.
+template <bool kCast> struct Outgoing {
+  int item, unit, t;
+  long long expert;         // lane k: selection k; -1: none
+  uint4 raw[kCast ? 4 : 2]; // of a segment
+};
+
+template <bool kCast>
+__device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, int nTokens, int item) {
+  const int lane = threadIdx.x & 31, k = a.view.layout.topK;
+  Outgoing<kCast> out{};
+  out.item = item;
+  out.expert = -1;
+  if (item == 0) return out;
+  out.unit = (item - 1) / nTokens;
+  out.t = (item - 1) % nTokens;
+  if (!a.keep && lane < k) {
+    const size_t at = static_cast<size_t>(out.t) * k + lane;
+    out.expert = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
+  }
+  if (out.unit == 0) return out;
+  const int nPackets = a.wireBytes / kPacketBytes, first = (out.unit - 1) * kSegmentPackets + lane;
+  const uint4* row = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(out.t) * a.rowBytes);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int at = first + 32 * i;
+    if (at >= nPackets) continue;
+    if constexpr (kCast) {
+      out.raw[2 * i] = loadOnce(row + 2 * at);
+      out.raw[2 * i + 1] = loadOnce(row + 2 * at + 1);
+    } else {
+      out.raw[i] = loadOnce(row + at);
+    }
+  }
+  return out;
+}
+
+// Lane k: position and rank of selection k, -1 for none.
+struct Home {
+  int position, rank;
+};
+__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call& call, unsigned buffer, int t,
+                                       long long expert, bool report) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  Home home{-1, -1};
+  if (a.keep) {
+    const int pick = loadPick(v, buffer, v.comm.rank, t);
+    if (pick != kNoPick) home = Home{pick, v.comm.positionRank[pick]};
+    return home;
+  }
+  const bool bad = expert < -1 || expert >= v.comm.nExperts;
+  if (!bad && expert >= 0) {
+    const uint32_t packed = v.comm.homes[expert];
+    home = Home{static_cast<int>(packed & 0xffff), static_cast<int>(packed >> 16)};
+  }
+  const unsigned same = __match_any_sync(~0u, home.position >= 0 ? home.position : -1 - lane);
+  const bool repeated = (same & ((1u << lane) - 1)) != 0;
+  if (__builtin_expect(report && (bad || repeated), 0)) {
+    reportIndex(a, call, bad ? kOutcomeIndexRange : kOutcomeIndexRepeated, t, lane, expert);
+  }
+  if (repeated) home = Home{-1, -1};
+  return home;
+}
+
+// Bit k: selection k is the token's first at a rank that takes part.
+__device__ __forceinline__ unsigned leadersOf(const Home& home, unsigned long long masked) {
+  const int lane = threadIdx.x & 31;
+  const bool there = home.rank >= 0 && (masked >> home.rank & 1) == 0;
+  const unsigned same = __match_any_sync(~0u, there ? home.rank : -1 - lane);
+  return __ballot_sync(~0u, there && lane == __ffs(same) - 1);
+}
+
+__device__ __forceinline__ void sendPicks(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
+                                          unsigned buffer, int t, const Home& home) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  const uint32_t pick = home.position >= 0 ? static_cast<uint32_t>(home.position) : kNoPick;
+  unsigned long long low = 0, high = 0; // picks 0 to 4 and 5 to 7 of packet `lane`
+#pragma unroll
+  for (int i = 0; i < kPicksPerPacket; i++) {
+    const unsigned long long p = __shfl_sync(~0u, pick, (lane * kPicksPerPacket + i) & 31);
+    if (i < 5) low |= p << (12 * i);
+    if (i >= 5) high |= p << (12 * (i - 5));
+  }
+  low |= high << 60;
+  high >>= 4;
+  if (lane >= v.layout.pickPackets) return;
+  const uint4 packet =
+    make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high), call.tag);
+#pragma unroll 1
+  for (int r = 0; r < v.comm.nRanks; r++) {
+    if ((masked >> r & 1) == 0) storePacket(packets(v.peers[r], v.layout.pick(buffer, v.comm.rank, t)) + lane, packet);
+  }
+}
+
+// Sixteen bytes from anywhere, zeros behind the end.
+__device__ __forceinline__ uint4 gatherBytes(const char* from, int bytes) {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    if (4 * w + 4 <= bytes && (reinterpret_cast<uintptr_t>(from) & 3) == 0) {
+      words[w] = reinterpret_cast<const uint32_t*>(from)[w];
+    } else {
+#pragma unroll
+      for (int b = 0; b < 4; b++) {
+        if (4 * w + b < bytes)
+          words[w] |= static_cast<uint32_t>(static_cast<unsigned char>(from[4 * w + b])) << (8 * b);
+      }
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <class Store> __device__ __forceinline__ void forEachRank(unsigned leaders, const Home& home, Store store) {
+#pragma unroll 1
+  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) store(__shfl_sync(~0u, home.rank, __ffs(rest) - 1));
+}
+
+// False: the share is another's.
+template <bool kCast>
+__device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
+                                     unsigned buffer, int nTokens, const Outgoing<kCast>& out, const Claim& claim) {
+  const LatencyView& v = a.view;
+  const int lane = threadIdx.x & 31;
+  if (out.item == 0) {
+    if (!claim.mine()) return false;
+    const uint32_t x = static_cast<uint32_t>(nTokens) | (a.topkWeights != nullptr ? kWeightedBit : 0u);
+    sendHeaders(v, call, masked, x, a.signature, static_cast<uint32_t>(min(a.capacity, 0xffffffffll)));
+    return true;
+  }
+  const Home home = homeOf(a, call, buffer, out.t, out.expert, out.unit == 0);
+  const unsigned leaders = leadersOf(home, masked);
+  if (!claim.mine()) return false;
+  const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
+  bool looksEmpty = false;
+  if (out.unit == 0) {
+    const int k = v.layout.topK;
+    if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
+    const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
+    const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);
+#pragma unroll 1
+    for (int first = 0; first < nPackets; first += 32) {
+      const int p = first + lane;
+      const bool isScale = p < nScales;
+      const char* from = isScale ? a.scales + static_cast<size_t>(out.t) * a.scaleBytes
+                                 : reinterpret_cast<const char*>(a.topkWeights + static_cast<size_t>(out.t) * k);
+      const int at = (isScale ? p : p - nScales) * kPacketBytes;
+      uint4 packet{};
+      if (p < nPackets) packet = gatherBytes(from + at, (isScale ? a.scaleBytes : k * 4) - at);
+      looksEmpty = looksEmpty || isEmpty(packet);
+      forEachRank(leaders, home, [&](int r) {
+        if (p < nPackets) storePacket(record(r) + v.layout.aux() + p, packet);
+      });
+    }
+  } else {
+    const int segment = out.unit - 1, nPackets = a.wireBytes / kPacketBytes;
+    const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
+    uint4 packet[2];
+    uint4 extras{}; // lane i: scales of half i of the segment
+    bool hasExtras = false;
+    if constexpr (kCast) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint4 raw[2] = {out.raw[2 * i], out.raw[2 * i + 1]};
+        float scale;
+        packet[i] = castSixteen(raw, a.quant == ncclMoeQuantFp8Ue8m0, &scale);
+        packScales(scale, at[i] < nPackets, i, &extras);
+      }
+      hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+    } else {
+      packet[0] = out.raw[0], packet[1] = out.raw[1];
+    }
+    forEachRank(leaders, home, [&](int r) {
+      uint4* to = record(r);
+      if (at[0] < nPackets) storePacket(to + at[0], packet[0]);
+      if (at[1] < nPackets) storePacket(to + at[1], packet[1]);
+      if (hasExtras) storePacket(to + v.layout.extrasOf(segment) + lane, extras);
+    });
+    looksEmpty = isEmpty(packet[0]) || isEmpty(packet[1]) || isEmpty(extras);
+  }
+  if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) {
+    forEachRank(leaders, home, [&](int r) { sendLiteral(v, call, r, v.comm.rank, out.t, out.unit); });
+  }
+  return true;
+}
+
+} // namespace moe
