@@ -289,7 +289,8 @@ define HELP
 Targets
   all        the library, the network plugin and the perf binaries, under $$(BUILDDIR)/{lib,include,bin} (default)
   demo       sets up, builds, and runs dispatch and combine on real text over 4 ranks of this machine
-  test       sets up, builds, and runs every test and check (what CI runs; 10 to 20 minutes on 2 cores)
+  test       sets up, builds, and runs every test and check (what CI runs; 25 minutes on 2 idle cores)
+  plugin perf tests examples   builds these alone; build/bin/net_conformance: the plugin's conformance cases
   check      builds and runs the test binaries only
   test-fake  the plugin on the fake verbs library;  test-rdma: over Soft-RoCE in a virtual machine
   fuzz       runs every fuzz target for FUZZ_SECONDS

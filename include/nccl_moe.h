@@ -26,6 +26,8 @@
  *  - "Collective" means that every rank of the communicator calls it, in the same order as the communicator's other
  *    collective calls.  A communicator is used by one thread at a time; ncclMoeCommAbort, ncclMoeCommGetAsyncError and
  *    ncclMoeGetLastError may be called by any thread at any time.
+ *  - A child of fork must not use its parent's communicators, nor free them: calls return ncclInvalidUsage.  While such a
+ *    child lives, so do copies of its parent's sockets: that the parent has died may then be noticed only after timeoutMs.
  *  - "Stream-ordered" means that the work is enqueued on the stream and the host does not wait.  The host backend has
  *    no streams: it ignores the argument and has done the work when the call returns.
  */
@@ -153,12 +155,13 @@ ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoe
 
 /* Makes a communicator over host memory.  Ranks are threads or processes; those of one machine (the same NCCL_HOSTID,
  * or else the same host name and boot) meet in shared memory; others, and those that cannot open each other's memory,
- * over TCP.  Collective; waits for all ranks to come, timeoutMs at most, and then for their answers, likewise.
+ * over TCP.  Collective; waits for all ranks to come, timeoutMs at most, and then for their answers, likewise; after a failure it
+ * may take a second more, in which ranks tell each other why.
  *   rendezvous  "tcp://HOST:PORT": rank 0 listens there, the others connect; or
  *               "file:///PATH": rank 0 writes its address to PATH (made new, also in place of one that an earlier job
  *               left behind; readable by its user alone; gone after init), which all ranks must see.  Used by one job at a time.
- * Errors: ncclInvalidArgument, ncclSystemError, ncclRemoteError (a rank did not come, or does not agree on the config).
- * *moe is NULL after an error. */
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (config of a newer header), ncclSystemError, ncclRemoteError (a rank did
+ * not come, or does not agree on the config).  *moe is NULL after an error. */
 ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
                                  const ncclMoeConfig_t* config);
 ncclResult_t pncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
@@ -168,7 +171,8 @@ ncclResult_t pncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, cons
 ncclResult_t ncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 ncclResult_t pncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 
-/* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  All ranks call it, but
+/* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  No thread may be in a call
+ * on it: one that waits is to be ended by ncclMoeCommAbort, and to have returned, before.  All ranks call it, but
  * it waits for no peer: one that died does not matter, and one that still works gets ncclRemoteError.  Synchronises
  * the host; not capturable; graphs that captured the communicator's calls must not be launched afterwards.  NULL is
  * fine.  Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so), ncclRemoteError (a collective call
@@ -236,7 +240,8 @@ const char* pncclMoeGetLastError(ncclMoeComm_t moe);
  * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes
  * back to CUDA with the communicator: cudaFree would wait for all GPUs of the process, and so possibly for a kernel
  * that waits for this rank.
- * Errors: ncclInvalidArgument, ncclRemoteError, ncclUnhandledCudaError, ncclSystemError. */
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (as of ncclMoeRoutingCreate), ncclRemoteError, ncclUnhandledCudaError,
+ * ncclSystemError. */
 ncclResult_t ncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t pncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t ncclMoeMemFree(void* ptr, ncclMoeComm_t moe);
@@ -277,7 +282,8 @@ ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRouting
 /* Makes the object that remembers which rows went where: written by dispatch, read by combine and by later dispatches
  * that keep it.  All memory is taken here.  Collective with the same config on every rank; synchronises the host; not
  * capturable.  A routing serves one dispatch-combine pair at a time; use one per layer or micro-batch in flight.
- * Errors: ncclInvalidArgument, ncclUnhandledCudaError, ncclSystemError, ncclRemoteError. */
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (ranks differ, ranks are masked, too many), ncclUnhandledCudaError,
+ * ncclSystemError, ncclRemoteError. */
 ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 ncclResult_t pncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 
@@ -432,8 +438,8 @@ ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t 
 
 /* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Between the two
  * halves nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
- * every rank; stream-ordered, on any stream; may be captured together with its first half. Errors: ncclInvalidUsage
- * (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
+ * every rank; stream-ordered, on any stream; may be captured together with its first half. Errors: ncclInvalidArgument,
+ * ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 ncclResult_t pncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 

@@ -47,8 +47,9 @@ ncclResult_t loadConfig(const ncclMoeConfig_t* from, int nRanks, const char* fun
   if (c.timeoutMs < 0) return fail(ncclInvalidArgument, "%s: config.timeoutMs %d is negative", function, c.timeoutMs);
   config->jobToken = c.jobToken != nullptr ? c.jobToken : jobTokenParam.get();
   if (config->jobToken.size() > kMaxJobTokenBytes) {
-    return fail(ncclInvalidArgument, "%s: config.jobToken has %zu characters, more than %zu", function,
-                config->jobToken.size(), kMaxJobTokenBytes);
+    return fail(ncclInvalidArgument, "%s: %s has %zu characters, more than %zu", function,
+                c.jobToken != nullptr ? "config.jobToken" : "NCCL_MOE_JOB_TOKEN", config->jobToken.size(),
+                kMaxJobTokenBytes);
   }
   config->nExperts = c.nExperts;
   config->maxTokens = c.maxTokens;
@@ -84,6 +85,8 @@ ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeC
   made->rank = rank;
   MOECHECK(makeBackend(*made));
   made->magic = kCommMagic;
+  MOE_INFO("MoE communicator of nccl_moe.h version %d: rank %d of %d, %d experts, %s", NCCL_MOE_VERSION_CODE, rank,
+           nRanks, made->config.nExperts, made->backend->onHost() ? "host memory" : "CUDA memory");
   *moe = made.release();
   return ncclSuccess;
 }
@@ -92,6 +95,9 @@ ncclResult_t checkComm(const ncclMoeComm* comm, const char* function) {
   if (comm == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
   if (comm->magic != kCommMagic)
     return fail(ncclInvalidArgument, "%s: moe is not a communicator; was it destroyed?", function);
+  if (comm->process != getpid()) {
+    return fail(ncclInvalidUsage, "%s: moe was made by process %d, and this is a child of it", function, comm->process);
+  }
   return ncclSuccess;
 }
 
@@ -245,7 +251,7 @@ MOE_API const char* ncclMoeGetLastError(ncclMoeComm_t moe) try {
   if (moe == nullptr) return lastError();
   // Copies, for another thread may be changing the communicator's; one each, for the caller may hold several.
   static thread_local std::unordered_map<ncclMoeComm_t, std::string> copies;
-  if (moe->magic != kCommMagic) return "moe is not a communicator";
+  if (moe->magic != kCommMagic) return "moe is not a communicator; was it destroyed?";
   std::lock_guard<std::mutex> lock(moe->errorMutex);
   std::string& copy = copies[moe];
   copy = moe->lastError;

@@ -65,8 +65,11 @@ template <class T> ncclResult_t loadStruct(const T* from, T* to, const char* fun
   const char* bytes = reinterpret_cast<const char*>(from);
   for (size_t i = sizeof(T); i < from->size; i++) {
     if (bytes[i] != 0) {
-      return fail(ncclInvalidUsage, "%s: %s uses fields of a newer nccl_moe.h (version %u) than this library's (%d)",
-                  function, argument, from->version, NCCL_MOE_VERSION_CODE);
+      return fail(
+        ncclInvalidUsage,
+        "%s: %s.size is %zu, and not all is zero behind the %zu bytes that this library (version %d) knows: it "
+        "uses fields of a newer nccl_moe.h, or the size is wrong",
+        function, argument, from->size, sizeof(T), NCCL_MOE_VERSION_CODE);
     }
   }
   to->size = sizeof(T);

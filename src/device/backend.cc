@@ -105,8 +105,7 @@ ncclResult_t DeviceBackend::init() {
   MOECHECK(makeTables());
   int window = -1;
   MOECHECK(addWindow(layout_.bytes, true, &window));
-  MOE_INFO("MoE communicator: rank %d of %d, %d experts, %zu MiB on device %d", moe_.rank, moe_.nRanks,
-           config_.nExperts, layout_.bytes >> 20, device_);
+  MOE_INFO("MoE communicator: rank %d has %zu MiB on device %d", moe_.rank, layout_.bytes >> 20, device_);
   return ncclSuccess;
 }
 

@@ -44,7 +44,10 @@ RingPositions* RingPair::positions(int ring) const { return &static_cast<Head*>(
 
 ncclResult_t RingPair::map() {
   void* head = mmap(nullptr, pageBytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
-  if (head == MAP_FAILED) return fail(ncclSystemError, "mmap of a ring's head failed: %s", strerror(errno));
+  if (head == MAP_FAILED) {
+    return fail(ncclSystemError, "mmap of a ring's head failed: %s%s", strerror(errno),
+                errno == ENOMEM ? " (a process may have vm.max_map_count mappings)" : "");
+  }
   head_ = UniqueMap(head, pageBytes());
   for (int ring = 0; ring < 2; ring++) {
     MOECHECK(mapTwice(fd_.get(), pageBytes() + static_cast<size_t>(ring) * ringBytes_, ringBytes_, &data_[ring]));

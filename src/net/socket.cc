@@ -22,10 +22,11 @@ namespace net {
 namespace {
 
 IntParam bufferBytes{"NCCL_MOE_NET_TCP_BUFFER", 0, 0, 1 << 30,
-                     "bytes of kernel buffer per TCP socket and direction, 16384 at least; 0: the kernel adapts it"};
+                     "bytes of kernel buffer per TCP socket and direction, 65536 at least; 0: the kernel adapts it"};
 IntParam timeoutParam{"NCCL_MOE_NET_TCP_TIMEOUT_MS", 60000, 2000, 86400000,
                       "milliseconds within which a connection ends whose peer's machine has vanished without a word"};
-constexpr int kLeastBufferBytes = 16384; // below this TCP itself crawls
+constexpr int64_t kLeastBufferBytes =
+  65536; // a window below a segment of the loopback interface makes TCP itself crawl
 
 StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
                            "interfaces: prefixes (eth,ib), exact names (=eth0), or prefixes to leave out (^docker)"};
@@ -168,8 +169,13 @@ void tuneSocket(int fd) {
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
-  const int wanted = static_cast<int>(bufferBytes.get());
-  const int bytes = wanted == 0 ? 0 : std::max(wanted, kLeastBufferBytes);
+  static const int bytes = [] {
+    const int64_t wanted = bufferBytes.get();
+    if (wanted == 0 || wanted >= kLeastBufferBytes) return static_cast<int>(wanted);
+    MOE_WARN("NCCL_MOE_NET_TCP_BUFFER=%lld is too little; using %lld", static_cast<long long>(wanted),
+             static_cast<long long>(kLeastBufferBytes));
+    return static_cast<int>(kLeastBufferBytes);
+  }();
   if (bytes > 0) {
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));

@@ -1,7 +1,10 @@
 // The same as arguments_test.cc for communicators, routings and their memory, and where errors' sentences are found.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <string>
 #include <thread>
@@ -109,6 +112,34 @@ TEST(Arguments, Init) {
       return "";
     }),
     "");
+}
+
+// A child of fork has the memory and the sockets of its parent's rank: what it sends would be taken for the rank's.
+TEST(Arguments, ChildOfForkIsRefused) {
+  ASSERT_EQ(runOne([](Rank& rank) -> std::string {
+              const ncclMoeConfig_t config = goodConfig();
+              ncclMoeComm_t comm = nullptr;
+              ncclMoeRouting_t routing = nullptr;
+              const ncclMoeRoutingConfig_t routingConfig = goodRouting(kRankMajor);
+              RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, rank.rendezvous().c_str(), &config), nullptr);
+              RANK_OK(ncclMoeRoutingCreate(&routing, comm, &routingConfig), comm);
+              const pid_t child = fork();
+              if (child == 0) {
+                Tensors t;
+                ncclMoeDispatchArgs_t dispatch = t.dispatch();
+                const bool refused = ncclMoeDispatch(&dispatch, routing, comm, nullptr) == ncclInvalidUsage &&
+                                     strstr(ncclMoeGetLastError(comm), "child") != nullptr &&
+                                     ncclMoeCommAbort(comm) == ncclInvalidUsage &&
+                                     ncclMoeCommDestroy(comm) == ncclInvalidUsage;
+                _exit(refused ? 0 : 1);
+              }
+              int status = -1;
+              RANK_CHECK(waitpid(child, &status, 0) == child && status == 0, "the child's status is %d", status);
+              RANK_TRY(exchange(comm, routing, kRankMajor));
+              RANK_OK(ncclMoeCommDestroy(comm), nullptr);
+              return "";
+            }),
+            "");
 }
 
 // Too little names what is needed; exactly that is enough, and no more is taken.

@@ -153,5 +153,8 @@ int main(int argc, char** argv) {
     fclose(f);
   }
   // A run of nothing proves nothing.
+  if (failures == 0 && passed == 0) {
+    fprintf(stderr, "net_conformance: no case ran; --list names them, --only and --except choose\n");
+  }
   return failures > 0 || passed == 0;
 }
