@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 
 #include "perf/moe/perf_error.h"
 
@@ -206,7 +207,8 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
     o->help = true;
     return ncclSuccess;
   case optJson:
-    o->jsonPath = arg;
+    o->jsonPath = arg; // which is written after minutes of measuring
+    if (!std::ofstream(arg, std::ios::app)) return perfFail(ncclInvalidArgument, "--json: %s cannot be written", arg);
     return ncclSuccess;
   case optDevice:
     return choose(opt, arg, devices, &o->device);

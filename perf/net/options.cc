@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 
 #include "base/error.h"
 #include "base/param.h"
@@ -119,7 +120,8 @@ ncclResult_t parseOptions(int argc, char** argv, Options* o) {
       o->plugin = optarg;
       break;
     case optJson:
-      o->json = optarg;
+      o->json = optarg; // which is written after minutes of measuring
+      if (!std::ofstream(optarg, std::ios::app)) return fail(ncclInvalidArgument, "--json: cannot write %s", optarg);
       break;
     case optCheck:
       o->check = true;
