@@ -1,4 +1,7 @@
 // Entry points of communicators and their memory.
+#include <pthread.h>
+
+#include <atomic>
 #include <limits>
 #include <string>
 #include <unordered_map>
@@ -14,6 +17,15 @@ namespace {
 IntParam timeoutParam{"NCCL_MOE_TIMEOUT_MS", 100000, 1, std::numeric_limits<int>::max(),
                       "milliseconds until a wait on a peer ends"};
 StringParam jobTokenParam{"NCCL_MOE_JOB_TOKEN", "", "secret that the ranks of a job share", StringParam::nameAlone};
+
+// How many forks lie behind this process, counted from the first call.  To compare process ids would be a system call in every
+// collective.
+int forksBehind() {
+  static std::atomic<int> forks{0};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  (void)registered;
+  return forks.load(std::memory_order_relaxed);
+}
 
 constexpr int kMaxExperts = 1 << 20;
 constexpr int kMaxTokens = 1 << 24;
@@ -83,6 +95,7 @@ ncclResult_t commCreate(ncclMoeComm_t* moe, int nRanks, int rank, const ncclMoeC
   }
   made->nRanks = nRanks;
   made->rank = rank;
+  made->forks = forksBehind();
   MOECHECK(makeBackend(*made));
   made->magic = kCommMagic;
   MOE_INFO("MoE communicator of nccl_moe.h version %d: rank %d of %d, %d experts, %s", NCCL_MOE_VERSION_CODE, rank,
@@ -95,8 +108,8 @@ ncclResult_t checkComm(const ncclMoeComm* comm, const char* function) {
   if (comm == nullptr) return fail(ncclInvalidArgument, "%s: moe is NULL", function);
   if (comm->magic != kCommMagic)
     return fail(ncclInvalidArgument, "%s: moe is not a communicator; was it destroyed?", function);
-  if (comm->process != getpid()) {
-    return fail(ncclInvalidUsage, "%s: moe was made by process %d, and this is a child of it", function, comm->process);
+  if (comm->forks != forksBehind()) {
+    return fail(ncclInvalidUsage, "%s: this process is a child of the one that made moe", function);
   }
   return ncclSuccess;
 }

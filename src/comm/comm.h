@@ -1,8 +1,6 @@
 // The objects behind ncclMoeComm_t and ncclMoeRouting_t, and the interface that a backend implements.
 #pragma once
 
-#include <unistd.h>
-
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -75,7 +73,8 @@ struct ncclMoeRouting {
 
 struct ncclMoeComm {
   uint64_t magic = 0;
-  pid_t process = getpid(); // a child of fork has its memory and its sockets, but is not its rank
+  int forks =
+    0; // that lie behind the process that made it: a child has its memory and its sockets, but is not its rank
   int rank = 0;
   int nRanks = 0;
   moe::CommConfig config;

@@ -42,11 +42,9 @@ class DeviceScope {
 class DeviceMemory {
  public:
   DeviceMemory() = default;
-  DeviceMemory(DeviceMemory&& other) noexcept
-    : ptr_(std::exchange(other.ptr_, nullptr)), bytes_(other.bytes_), device_(other.device_) {}
+  DeviceMemory(DeviceMemory&& other) noexcept : ptr_(std::exchange(other.ptr_, nullptr)), device_(other.device_) {}
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {
     std::swap(ptr_, other.ptr_);
-    std::swap(bytes_, other.bytes_);
     std::swap(device_, other.device_);
     return *this;
   }
@@ -59,18 +57,15 @@ class DeviceMemory {
   ncclResult_t alloc(size_t bytes) {
     CUDACHECK(cudaGetDevice(&device_));
     CUDACHECK(cudaMalloc(&ptr_, bytes));
-    bytes_ = bytes;
     return ncclSuccess;
   }
   // Never freed then: cudaFree waits for the device, which may be waiting for ever.
   void abandon() { ptr_ = nullptr; }
   char* get() const { return static_cast<char*>(ptr_); }
-  size_t size() const { return bytes_; }
   int device() const { return device_; }
 
  private:
   void* ptr_ = nullptr;
-  size_t bytes_ = 0;
   int device_ = 0;
 };
 

@@ -81,8 +81,8 @@ class DeviceBackend final : public Backend {
 
   // tables.cc
   ncclResult_t makeTables();
-  // Emptied.
-  RoutingOutcome* outcomeAt(int window);
+  // That of the window's next routing: zeroes.
+  RoutingOutcome* clearedOutcome(int window);
   CommView view() const;
   RoutingView view(ncclMoeRouting& routing) const;
 

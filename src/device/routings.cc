@@ -48,7 +48,7 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
     }
   }
   MOECHECK(addWindow(windowBytes(c), true, &state.window));
-  state.outcome = outcomeAt(state.window);
+  state.outcome = clearedOutcome(state.window);
   if (!latency) return ncclSuccess;
   state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome, shared_);
   const ncclResult_t emptied = state.latency->empty(own_.get());

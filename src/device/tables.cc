@@ -54,7 +54,7 @@ ncclResult_t DeviceBackend::makeTables() {
   return ncclSuccess;
 }
 
-RoutingOutcome* DeviceBackend::outcomeAt(int window) {
+RoutingOutcome* DeviceBackend::clearedOutcome(int window) {
   const size_t bytes = outcomeBytes(config_.nLocal[moe_.rank]);
   void* outcome = reinterpret_cast<char*>(host_.get()) + align128(sizeof(HostState)) + window * bytes;
   return static_cast<RoutingOutcome*>(memset(outcome, 0, bytes));

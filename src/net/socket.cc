@@ -25,8 +25,8 @@ IntParam bufferBytes{"NCCL_MOE_NET_TCP_BUFFER", 0, 0, 1 << 30,
                      "bytes of kernel buffer per TCP socket and direction, 65536 at least; 0: the kernel adapts it"};
 IntParam timeoutParam{"NCCL_MOE_NET_TCP_TIMEOUT_MS", 60000, 2000, 86400000,
                       "milliseconds within which a connection ends whose peer's machine has vanished without a word"};
-constexpr int64_t kLeastBufferBytes =
-  65536; // a window below a segment of the loopback interface makes TCP itself crawl
+// A window below a segment of the loopback interface makes TCP itself crawl.
+constexpr int64_t kLeastBufferBytes = 65536;
 
 StringParam interfaceParam{"NCCL_MOE_NET_IFNAME", "",
                            "interfaces: prefixes (eth,ib), exact names (=eth0), or prefixes to leave out (^docker)"};

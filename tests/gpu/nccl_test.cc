@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <type_traits>
 
 #include "gpu/exchange_case.h"
 
@@ -26,20 +27,35 @@ struct Nccl {
   decltype(&ncclAllReduce) allReduce = nullptr;
   bool open() {
     void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
-    if (library == nullptr) return false;
-    getUniqueId = reinterpret_cast<decltype(getUniqueId)>(dlsym(library, "ncclGetUniqueId"));
-    commInitRank = reinterpret_cast<decltype(commInitRank)>(dlsym(library, "ncclCommInitRank"));
-    commInitRankConfig = reinterpret_cast<decltype(commInitRankConfig)>(dlsym(library, "ncclCommInitRankConfig"));
-    commGetAsyncError = reinterpret_cast<decltype(commGetAsyncError)>(dlsym(library, "ncclCommGetAsyncError"));
-    commDestroy = reinterpret_cast<decltype(commDestroy)>(dlsym(library, "ncclCommDestroy"));
-    commAbort = reinterpret_cast<decltype(commAbort)>(dlsym(library, "ncclCommAbort"));
-    commSplit = reinterpret_cast<decltype(commSplit)>(dlsym(library, "ncclCommSplit"));
-    allReduce = reinterpret_cast<decltype(allReduce)>(dlsym(library, "ncclAllReduce"));
-    return getUniqueId != nullptr && commInitRank != nullptr && commInitRankConfig != nullptr &&
-           commGetAsyncError != nullptr && commDestroy != nullptr && commAbort != nullptr && commSplit != nullptr &&
-           allReduce != nullptr;
+    const auto find = [library](const char* name, auto* function) {
+      *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, name));
+      return *function != nullptr;
+    };
+    return library != nullptr && find("ncclGetUniqueId", &getUniqueId) && find("ncclCommInitRank", &commInitRank) &&
+           find("ncclCommInitRankConfig", &commInitRankConfig) && find("ncclCommGetAsyncError", &commGetAsyncError) &&
+           find("ncclCommDestroy", &commDestroy) && find("ncclCommAbort", &commAbort) &&
+           find("ncclCommSplit", &commSplit) && find("ncclAllReduce", &allReduce);
   }
 };
+
+// NCCL, on the rank's own device, and an id of rank 0's for a communicator.
+std::string prepare(Nccl* nccl, Meeting& meeting, int rank, int nRanks, ncclUniqueId* id) {
+  RANK_CHECK(nccl->open(), "no libnccl.so.2");
+  RANK_CUDA(cudaSetDevice(rank));
+  ncclUniqueId mine{};
+  if (rank == 0) RANK_CHECK(nccl->getUniqueId(&mine) == ncclSuccess);
+  std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
+  RANK_CHECK(meet(meeting, rank, &mine, sizeof(mine), ids.data()));
+  *id = ids[0];
+  return "";
+}
+// And a communicator of all ranks.
+std::string connect(Nccl* nccl, Meeting& meeting, int rank, int nRanks, ncclComm_t* comm) {
+  ncclUniqueId id{};
+  RANK_TRY(prepare(nccl, meeting, rank, nRanks, &id));
+  RANK_CHECK(nccl->commInitRank(comm, nRanks, id, rank) == ncclSuccess);
+  return "";
+}
 
 void onNccl(RanksAs as) {
   const int nRanks = gpuCount();
@@ -51,14 +67,8 @@ void onNccl(RanksAs as) {
       ncclMoeComm_t none = nullptr;
       RANK_RESULT(ncclMoeCommInit(&none, nullptr, &config), ncclInvalidArgument, nullptr, "comm");
       Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId mine{};
-      if (r == 0) RANK_CHECK(nccl.getUniqueId(&mine) == ncclSuccess);
-      std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
-      RANK_CHECK(meet(*meeting, r, &mine, sizeof(mine), ids.data()));
       ncclComm_t comm = nullptr;
-      RANK_CHECK(nccl.commInitRank(&comm, nRanks, ids[0], r) == ncclSuccess);
+      RANK_TRY(connect(&nccl, *meeting, r, nRanks, &comm));
       {
         // Two MoE communicators on one NCCL communicator.
         GpuRank a(r, nRanks, r), b(r, nRanks, r);
@@ -89,16 +99,6 @@ TEST(GpuNccl, ProcessesOnAnNcclCommunicator) {
   onNccl(RanksAs::processes);
 }
 
-// An id of rank 0's, on every rank.
-std::string sharedId(const Nccl& nccl, Meeting& meeting, int rank, int nRanks, ncclUniqueId* id) {
-  ncclUniqueId mine{};
-  if (rank == 0) RANK_CHECK(nccl.getUniqueId(&mine) == ncclSuccess);
-  std::vector<ncclUniqueId> ids(static_cast<size_t>(nRanks));
-  RANK_CHECK(meet(meeting, rank, &mine, sizeof(mine), ids.data()));
-  *id = ids[0];
-  return "";
-}
-
 // Sub-communicators: each rank by itself, and all of them in the reverse order.
 TEST(GpuNccl, SplitCommunicators) {
   NEED_GPUS(2);
@@ -108,12 +108,8 @@ TEST(GpuNccl, SplitCommunicators) {
   const std::string wrong =
     runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
       Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId id{};
-      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
       ncclComm_t comm = nullptr, single = nullptr, reversed = nullptr;
-      RANK_CHECK(nccl.commInitRank(&comm, nRanks, id, r) == ncclSuccess);
+      RANK_TRY(connect(&nccl, *meeting, r, nRanks, &comm));
       RANK_CHECK(nccl.commSplit(comm, r, 0, &single, nullptr) == ncclSuccess);
       RANK_CHECK(nccl.commSplit(comm, 0, nRanks - r, &reversed, nullptr) == ncclSuccess);
       {
@@ -153,12 +149,8 @@ TEST(GpuNccl, BesideItsOwnCollectives) {
   const std::string wrong =
     runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
       Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
-      ncclUniqueId id{};
-      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
       ncclComm_t comm = nullptr;
-      RANK_CHECK(nccl.commInitRank(&comm, nRanks, id, r) == ncclSuccess);
+      RANK_TRY(connect(&nccl, *meeting, r, nRanks, &comm));
       {
         const ncclMoeConfig_t config = configFor(e, kTimeoutMs);
         GpuRank rank(r, nRanks, r);
@@ -225,10 +217,8 @@ TEST(GpuNccl, NonBlockingCommunicator) {
   const std::string wrong =
     runGpu(nRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
       Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
       ncclUniqueId id{};
-      RANK_TRY(sharedId(nccl, *meeting, r, nRanks, &id));
+      RANK_TRY(prepare(&nccl, *meeting, r, nRanks, &id));
       ncclConfig_t ncclConfig = NCCL_CONFIG_INITIALIZER;
       ncclConfig.blocking = 0;
       ncclComm_t comm = nullptr;
@@ -265,15 +255,11 @@ TEST(GpuNccl, RankThatDoesNotComeToASetup) {
   const std::string wrong =
     runGpu(2, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
       Nccl nccl;
-      RANK_CHECK(nccl.open(), "no libnccl.so.2");
-      RANK_CUDA(cudaSetDevice(r));
       const ncclMoeConfig_t config = configFor(e, 1000);
       int one = 1, all[2] = {};
       for (const bool initComes : {false, true}) {
-        ncclUniqueId id{};
-        RANK_TRY(sharedId(nccl, *meeting, r, 2, &id));
         ncclComm_t comm = nullptr;
-        RANK_CHECK(nccl.commInitRank(&comm, 2, id, r) == ncclSuccess);
+        RANK_TRY(connect(&nccl, *meeting, r, 2, &comm));
         ncclMoeComm_t connected = nullptr; // NCCL connects at its first collective, and waits on the host there
         RANK_OK(ncclMoeCommInit(&connected, comm, &config), nullptr);
         RANK_CHECK(meet(*meeting, r, &one, sizeof(one), all));
