@@ -209,7 +209,8 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
 ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 
-/* What latency mode's calls have counted since ncclMoeCommInit.  Counting costs nothing that was measured. */
+/* What the communicator's calls have counted since ncclMoeCommInit, in either mode.  A dispatch with KEEP_ROUTING counts as
+ * any other does; one whose receive buffer is too small delivers no rows and counts none. */
 typedef struct ncclMoeCommStats {
   size_t size;
   unsigned int magic;

@@ -194,10 +194,12 @@ __device__ __forceinline__ bool meet(const CombineArgs& a, uint32_t epoch) {
     storeRelease(reinterpret_cast<unsigned long long*>(c.peer(r) + c.layout.ready) + c.rank, flag);
     const unsigned long long* theirs = reinterpret_cast<const unsigned long long*>(c.self + c.layout.ready) + r;
     unsigned long long seen = 0;
+    const uint64_t start = globalTimerNs();
     ok = waitUntil(c, kPhaseReady, r, epoch, [&] {
       seen = loadAcquire(theirs);
       return seen >> 32 == epoch || seen >> 32 == nextEpoch(epoch);
     });
+    if (blockIdx.x == 0) countWait(c, r, start); // all blocks wait, at the same time
     if (ok && seen >> 32 == epoch && seen != flag) {
       recordFailure(c, kFailMismatch, kPhaseReady, r, epoch, static_cast<uint32_t>(seen));
       ok = false;

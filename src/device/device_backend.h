@@ -128,7 +128,7 @@ class DeviceBackend final : public Backend {
   char** dWindows_ = nullptr;
   int *dRankOf_ = nullptr, *dRankStart_ = nullptr;
   uint32_t* dHomes_ = nullptr;
-  LatencyShared* shared_ = nullptr;
+  CommShared* shared_ = nullptr;
   UniqueStream own_; // for copies and meetings, beside the caller's streams
   unsigned long long masked_ = 0;
   uint64_t generation_ = 0; // of the last ncclMoeCommMaskRanks
@@ -145,7 +145,7 @@ class DeviceBackend final : public Backend {
 
 // What the communicator's own window holds.
 CommLayout commLayout(const CommConfig& config, int nRanks);
-// Tables of the placement and of the windows, and what latency mode's routings share, beside the communicator window.
+// Tables of the placement and of the windows, and what all calls share, beside the communicator window.
 size_t tableBytes(const CommConfig& config, int nRanks);
 
 } // namespace moe

@@ -20,6 +20,7 @@ struct CommView {
   const uint32_t* homes;   // [nExperts] expert id -> position in the order (rank, local expert) | rank << 16
   const int* positionRank; // [nExperts] rank of a position
   const int* rankStart;    // [nRanks+1] first position of a rank
+  CommShared* shared;      // masks and statistics
   Failure* failure;        // host memory
   const volatile int* abortFlag; // host memory
   uint64_t timeoutNs;

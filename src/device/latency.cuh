@@ -266,7 +266,7 @@ __device__ __forceinline__ Progress awaitAndCount(const LatencyView& v, const Ca
                                                   bool mayStall, uint4* header) {
   const uint64_t start = globalTimerNs();
   const Progress progress = awaitHeader(v, call, r, signature, mayStall, header);
-  atomicAdd(&v.shared->waitNs[r], static_cast<unsigned long long>(globalTimerNs() - start));
+  countWait(v.comm, r, start);
   return progress;
 }
 

@@ -16,7 +16,6 @@ struct LatencyView {
   int alignment;
   bool hostCounts;
   RoutingOutcome* outcome; // host memory
-  LatencyShared* shared;
 };
 
 // Which halves of a call a kernel does.

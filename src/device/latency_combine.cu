@@ -455,7 +455,7 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
   if (masked != 0 && unit == 1 && progress == Progress::done) {
     const unsigned lost = __ballot_sync(~0u, rankOfPick >= 0 && (masked >> rankOfPick & 1) != 0);
     if ((threadIdx.x & 31) == 0 && lost != 0) {
-      atomicAdd(&v.shared->leftOut, static_cast<unsigned long long>(__popc(lost)));
+      atomicAdd(&v.comm.shared->leftOut, static_cast<unsigned long long>(__popc(lost)));
     }
   }
   return progress;
@@ -466,7 +466,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   const LatencyView& v = a.view;
   const LatencyState* state = stateOf(v);
   const unsigned long long tickets = loadTickets(&state->calls), dispatches = loadTickets(&state->dispatches);
-  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
+  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.comm.shared->masked);
   const Shape shape(a);
   // Lane r: tokens of ranks r and r + 32.
   const int lane = threadIdx.x & 31;

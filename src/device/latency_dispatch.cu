@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
   const unsigned long long tickets = loadTickets(&state->calls), dispatches = loadTickets(&state->dispatches);
-  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.shared->masked);
+  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.comm.shared->masked);
   const int nUnits = 1 + (a.wireBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
   int nTokens = a.nTokens;
   if (a.keep) {

@@ -223,7 +223,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     }
     if (threadIdx.x == 0) nRows = n;
   }
-  unsigned long long* expertTokens = reinterpret_cast<unsigned long long*>(v.shared + 1);
+  unsigned long long* expertTokens = v.comm.shared->expertTokens();
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
 #pragma unroll 1
   for (int l = threadIdx.x; l < v.nLocal; l += kDispatchThreads) {

@@ -42,14 +42,6 @@ struct LatencyState {
   int nTokens[kMaxDeviceRanks];  // of each rank in the last dispatch
 };
 
-// What all routings of a communicator share in latency mode.
-struct LatencyShared {
-  unsigned long long masked;                  // bit r: rank r takes no part
-  unsigned long long leftOut;                 // selections that combine left out, for their ranks were masked
-  unsigned long long waitNs[kMaxDeviceRanks]; // spent waiting for the peer's headers
-  // unsigned long long expertTokens[L] follows: rows that came for each local expert
-};
-
 struct LatencyLayout {
   int nRanks = 0, maxTokens = 0, topK = 0, nPlanes = 0;
   int pickPackets = 0; // of a token

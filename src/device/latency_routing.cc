@@ -41,7 +41,7 @@ ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens,
 }
 
 LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
-                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, LatencyShared* shared)
+                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome)
   : maxScaleBytes_(scaleRoom(config.maxRowBytes)) {
   view_.comm = comm;
   view_.layout = latencyLayout(config, comm.nRanks, routing.maxTokens, routing.topK);
@@ -52,7 +52,6 @@ LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, c
   view_.alignment = routing.expertAlignment;
   view_.hostCounts = routing.hostCounts != 0;
   view_.outcome = outcome;
-  view_.shared = shared;
 }
 
 ncclResult_t LatencyRouting::empty(cudaStream_t stream) {

@@ -17,7 +17,7 @@ LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens,
 class LatencyRouting {
  public:
   LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
-                 const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, LatencyShared* shared);
+                 const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome);
   // Makes all records empty.  No peer may write meanwhile.  Waits for the stream.
   ncclResult_t empty(cudaStream_t stream);
 

@@ -77,6 +77,16 @@ struct Control {
   uint32_t recvNext; // ... and what it receives
 };
 
+// What all calls of a communicator share, in memory that only this rank uses.
+struct CommShared {
+  unsigned long long masked;                  // bit r: rank r takes no part (latency mode)
+  unsigned long long leftOut;                 // selections that combine left out, for their ranks were masked
+  unsigned long long waitNs[kMaxDeviceRanks]; // spent waiting for the rank to begin a call that this one has begun
+
+  // [L], behind the struct: rows that came for each local expert
+  MOE_HD unsigned long long* expertTokens() { return reinterpret_cast<unsigned long long*>(this + 1); }
+};
+
 // The epoch of the call after that of epoch.  Never 0, which flags hold that were never stored; odd and even alternate,
 // for mailboxes go by parity.
 MOE_HD uint32_t nextEpoch(uint32_t epoch) { return epoch == UINT32_MAX ? 2 : epoch + 1; }

@@ -128,6 +128,11 @@ __device__ __forceinline__ bool waitUntil(const CommView& c, int phase, int peer
   }
 }
 
+// Adds the time since start to what this rank has waited for the peer to begin a call.  By one of the threads that wait for that.
+__device__ __forceinline__ void countWait(const CommView& c, int peer, uint64_t start) {
+  atomicAdd(&c.shared->waitNs[peer], static_cast<unsigned long long>(globalTimerNs() - start));
+}
+
 // The last block of the grid to come here gets true in all its threads.
 __device__ __forceinline__ bool lastBlock(Control* ctl) {
   __shared__ bool last;

@@ -210,14 +210,18 @@ __device__ __forceinline__ bool awaitPacket(const RouteArgs& a, uint32_t epoch, 
   });
 }
 
-// The ranks' receive buffers.  By threads from the last one down, for the first ones wait for counts meanwhile.
+// The ranks' receive buffers, and how long this rank waited for each.  By threads from the last one down, for the first ones wait
+// for counts meanwhile.
 __device__ bool receiveHeaders(const RouteArgs& a, uint32_t epoch, long long* capacity) {
   const CommView& c = a.comm;
   RoutingLayout::PerRank* perRank = a.routing.perRank();
   const int i = kThreads - 1 - static_cast<int>(threadIdx.x), r = i / kMessageHeaders;
   if (r >= c.nRanks) return true;
   uint4 packet;
-  if (!awaitPacket(a, epoch, r, i % kMessageHeaders, &packet)) return false;
+  const uint64_t start = globalTimerNs();
+  const bool there = awaitPacket(a, epoch, r, i % kMessageHeaders, &packet);
+  if (i % kMessageHeaders == 0) countWait(c, r, start);
+  if (!there) return false;
   const long long value = static_cast<long long>(static_cast<unsigned long long>(packet.y) << 32 | packet.x);
   if (i % kMessageHeaders == 0) {
     capacity[r] = value;
@@ -350,6 +354,12 @@ __device__ void conclude(const RouteArgs& a, const long long* capacity) {
     for (int l = threadIdx.x; l <= nLocal; l += kThreads) a.expertOffsets[l] = expertOffset[l];
   }
   const bool go = __syncthreads_and(fits) != 0;
+  if (go) {
+    unsigned long long* expertTokens = c.shared->expertTokens();
+    for (int l = threadIdx.x; l < nLocal; l += kThreads) {
+      atomicAdd(&expertTokens[l], static_cast<unsigned long long>(expertTotal[l])); // nobody waits for it
+    }
+  }
   if (threadIdx.x != 0) return;
   const long long nRows = perRank[c.rank].needed;
   if (a.recvCount != nullptr) *a.recvCount = static_cast<int>(nRows);
@@ -396,9 +406,10 @@ __global__ void __launch_bounds__(kThreads) routeKernel(const __grid_constant__ 
     scanChunks(a, nChunks, scratch);
     if (threadIdx.x == 0) state->nTokens = nTokens;
     __syncthreads(); // the sums are read
-    ok = ok && receiveCounts(a, epoch, scratch);
   }
+  // The headers come first: with thousands of experts their threads wait for counts too, and that wait is not timed.
   ok = ok && receiveHeaders(a, epoch, capacity);
+  ok = ok && (a.keep || receiveCounts(a, epoch, scratch));
   ok = __syncthreads_and(ok) != 0;
   admitKernelBehind(); // not before: its blocks would wait on their SMs for a late peer
   if (ok) {

@@ -50,7 +50,7 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
   MOECHECK(addWindow(windowBytes(c), true, &state.window));
   state.outcome = clearedOutcome(state.window);
   if (!latency) return ncclSuccess;
-  state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome, shared_);
+  state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome);
   const ncclResult_t emptied = state.latency->empty(own_.get());
   MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
   return emptied;

@@ -9,15 +9,13 @@ namespace {
 size_t windowTableBytes(int nRanks) { return align128(sizeof(char*) * kMaxWindows * nRanks); }
 size_t expertTableBytes(int nExperts) { return align128(sizeof(int) * nExperts); }
 size_t outcomeBytes(int nLocal) { return align128(sizeof(RoutingOutcome) + sizeof(int) * nLocal); }
-size_t latencySharedBytes(int nExperts) {
-  return align128(sizeof(LatencyShared) + sizeof(unsigned long long) * nExperts);
-}
+size_t commSharedBytes(int nExperts) { return align128(sizeof(CommShared) + sizeof(unsigned long long) * nExperts); }
 
 } // namespace
 
 size_t tableBytes(const CommConfig& config, int nRanks) {
   return windowTableBytes(nRanks) + 2 * expertTableBytes(config.nExperts) + align128(sizeof(int) * (nRanks + 1)) +
-         latencySharedBytes(config.nExperts);
+         commSharedBytes(config.nExperts);
 }
 
 // Room for rows is only taken where a routing may be served by the throughput kernels.
@@ -45,10 +43,10 @@ ncclResult_t DeviceBackend::makeTables() {
   dWindows_ = reinterpret_cast<char**>(at);
   dRankOf_ = reinterpret_cast<int*>(at + windowBytes);
   dHomes_ = reinterpret_cast<uint32_t*>(at + windowBytes + expertBytes);
-  shared_ = reinterpret_cast<LatencyShared*>(at + windowBytes + 2 * expertBytes);
-  dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 2 * expertBytes + latencySharedBytes(config_.nExperts));
+  shared_ = reinterpret_cast<CommShared*>(at + windowBytes + 2 * expertBytes);
+  dRankStart_ = reinterpret_cast<int*>(at + windowBytes + 2 * expertBytes + commSharedBytes(config_.nExperts));
   CUDACHECK(cudaMemcpy(dHomes_, homes.data(), sizeof(uint32_t) * homes.size(), cudaMemcpyHostToDevice));
-  CUDACHECK(cudaMemset(shared_, 0, latencySharedBytes(config_.nExperts)));
+  CUDACHECK(cudaMemset(shared_, 0, commSharedBytes(config_.nExperts)));
   CUDACHECK(cudaMemcpy(dRankOf_, rankOf.data(), sizeof(int) * rankOf.size(), cudaMemcpyHostToDevice));
   CUDACHECK(cudaMemcpy(dRankStart_, rankStart.data(), sizeof(int) * rankStart.size(), cudaMemcpyHostToDevice));
   return ncclSuccess;
@@ -71,6 +69,7 @@ CommView DeviceBackend::view() const {
   v.homes = dHomes_;
   v.positionRank = dRankOf_;
   v.rankStart = dRankStart_;
+  v.shared = shared_;
   v.failure = &host_->failure;
   v.abortFlag = &host_->abortFlag;
   v.timeoutNs = static_cast<uint64_t>(config_.timeoutMs) * 1000000;

@@ -1,4 +1,4 @@
-// Ranks that are left out of latency mode's calls and come back, and what the communicator has counted.
+// Ranks that are left out of latency mode's calls and come back.
 //
 // Processes, for ncclMoeCommMaskRanks waits until the process's device is idle, and then for the other ranks: ranks of one process
 // must not share a device there.
@@ -274,48 +274,6 @@ TEST(GpuMask, OthersGoOnWithoutADeadRank) {
   EXPECT_EQ(said[0], "") << "with MOE_TEST_SEED=" << seed;
   EXPECT_EQ(said[1], "") << "with MOE_TEST_SEED=" << seed;
   EXPECT_NE(said[kLost], "");
-}
-
-// Ranks wait for a rank whose host comes late, and the counters say for whom.
-TEST(GpuMask, StatisticsNameTheStraggler) {
-  NEED_GPUS(1);
-  constexpr int kLate = 1, kCalls = 4, kLateMs = 40;
-  const uint64_t seed = testSeed();
-  const int nDevices = gpuCount();
-  const ExchangeCase e = makeExchange(seed, kRanks, kTokens, kTokens);
-  const std::string wrong =
-    runGpu(kRanks, RanksAs::threads, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
-      GpuRank rank(r, kRanks, r % nDevices);
-      const ncclMoeConfig_t config = latencyConfig(e);
-      RANK_TRY(rank.init(config, meeting, kArenaBytes));
-      ncclMoeRouting_t routing = nullptr;
-      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &e.routing), rank.comm());
-      std::vector<uint64_t> waitNs(kRanks, 1), before(kRanks);
-      ncclMoeCommStats_t stats = NCCL_MOE_COMM_STATS_INITIALIZER;
-      stats.waitNs = waitNs.data();
-      RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
-      for (const uint64_t ns : waitNs) RANK_CHECK(ns == 0, "%llu ns before any call", (unsigned long long)ns);
-      for (int i = 0; i < kCalls; i++) {
-        CallPair calls(rank, e);
-        RANK_TRY(calls.upload(rank, false));
-        RANK_TRY(meetAll(rank, *meeting, kRanks));
-        if (r == kLate) std::this_thread::sleep_for(std::chrono::milliseconds(kLateMs));
-        RANK_TRY(calls.enqueue(rank, routing));
-        RANK_TRY(asyncIs(rank, ncclSuccess));
-        rank.forget();
-        before = waitNs;
-        RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
-        for (int peer = 0; peer < kRanks; peer++) RANK_CHECK(waitNs[peer] >= before[peer]);
-      }
-      if (r != kLate) {
-        const uint64_t late = waitNs[kLate], other = waitNs[kRanks - 1 - r];
-        RANK_CHECK(late >= kCalls * uint64_t{kLateMs} * 500000 && late > other,
-                   "%llu ns for the late rank, %llu for the other", (unsigned long long)late,
-                   (unsigned long long)other);
-      }
-      return rank.destroy();
-    });
-  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
 TEST(GpuMask, ARankThatIsLeftInButDoesNotComeIsNamed) {
