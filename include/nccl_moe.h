@@ -217,7 +217,7 @@ typedef struct ncclMoeCommStats {
   unsigned int version;
   uint64_t* waitNs; /* host memory [R] or NULL: nanoseconds for which this rank's calls waited for each rank to begin
                            * the same call.  The straggler is the one that the others wait for */
-  uint64_t* expertTokens; /* host memory [L] or NULL: rows that came for each local expert */
+  uint64_t* expertTokens; /* host memory [L] or NULL: tokens that came for each local expert */
   uint64_t leftOut;       /* selections that combine left out, for their ranks were masked */
 } ncclMoeCommStats_t;
 
@@ -406,7 +406,7 @@ typedef struct ncclMoeCombineArgs {
   /* out */
   void* out; /* [T, H] of type, T of the routing's dispatch; zeros for a token without any expert.  May be NULL
               * if T is 0. */
-  float* gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1; or NULL */
+  float* gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1 or of a masked rank; or NULL */
   /* how */
   unsigned int flags;   /* NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT */
   int numSms;           /* 0: the communicator's */

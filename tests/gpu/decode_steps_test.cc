@@ -210,7 +210,7 @@ void graphReplays(ncclMoeMode_t mode, int nSteps) {
       << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
-TEST(GpuDecodeSteps, GraphReplays) { graphReplays(ncclMoeModeLatency, iterations(600)); }
+TEST(GpuDecodeSteps, GraphReplays) { graphReplays(ncclMoeModeLatency, iterations(900)); }
 TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays(ncclMoeModeThroughput, iterations(300)); }
 
 // Three layers whose dispatches are all sent before any is completed, and so are their combines.
