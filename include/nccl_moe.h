@@ -406,7 +406,8 @@ typedef struct ncclMoeCombineArgs {
   /* out */
   void* out; /* [T, H] of type, T of the routing's dispatch; zeros for a token without any expert.  May be NULL
               * if T is 0. */
-  float* gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1 or of a masked rank; or NULL */
+  float*
+    gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1 or of a masked rank; or NULL */
   /* how */
   unsigned int flags;   /* NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT */
   int numSms;           /* 0: the communicator's */

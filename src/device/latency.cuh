@@ -47,21 +47,63 @@ __device__ __forceinline__ LatencyState* stateOf(const LatencyView& v) {
 }
 __device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.comm.rank]; }
 
-// The count as it stands: nothing waits for it before it is used.
-__device__ __forceinline__ unsigned long long loadTickets(const unsigned long long* tickets) {
-  return *reinterpret_cast<const volatile unsigned long long*>(tickets);
+// What every thread of a block must know before it does anything, in shared memory.  One warp loads it: were all warps of a grid
+// to ask, thousands of loads would queue up at the few lines that it lies in, for about two microseconds.
+struct Opening {
+  unsigned long long calls, dispatches, masked;
+  uint32_t failed;
+  int go;
+  int nTokens[kMaxDeviceRanks]; // of each rank in the dispatch before
+};
+// By the first warp; the others may look after a barrier.  All loads are under way before the first is waited for.
+__device__ __forceinline__ void open(const LatencyView& v, Opening* opening) {
+  const volatile LatencyState* state = stateOf(v);
+  const int lane = threadIdx.x;
+  const unsigned long long calls = state->calls, dispatches = state->dispatches;
+  const unsigned long long masked = *reinterpret_cast<const volatile unsigned long long*>(&v.comm.shared->masked);
+  const uint32_t failed = *reinterpret_cast<const volatile uint32_t*>(&control(v.comm)->failed);
+  const int go = state->go;
+  int nTokens[kMaxDeviceRanks / 32];
+#pragma unroll
+  for (int i = 0; i < kMaxDeviceRanks / 32; i++) {
+    nTokens[i] = lane + 32 * i < v.comm.nRanks ? state->nTokens[lane + 32 * i] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxDeviceRanks / 32; i++) opening->nTokens[lane + 32 * i] = nTokens[i];
+  if (lane != 0) return;
+  opening->calls = calls;
+  opening->dispatches = dispatches;
+  opening->masked = masked;
+  opening->failed = failed;
+  opening->go = go;
 }
-__device__ __forceinline__ Call callOf(unsigned long long tickets) {
+__device__ __forceinline__ Call callOf(const Opening& opening) {
   Call call;
-  call.number = tickets >> kTicketBits;
-  call.tag = static_cast<uint32_t>(call.number % 0xffffffffull) + 1;
+  call.number = opening.calls >> kTicketBits;
+  // number % (2^32 - 1) + 1
+  uint32_t folded = static_cast<uint32_t>(call.number) + static_cast<uint32_t>(call.number >> 32);
+  folded += folded < static_cast<uint32_t>(call.number) ? 1 : 0;
+  call.tag = folded == ~0u ? 1 : folded + 1;
   call.parity = static_cast<unsigned>(call.number & 1);
   return call;
 }
-// By one thread of a block whose threads have all read the counter.
+// By one thread of a block that has read the counter.
 __device__ __forceinline__ void addTicket(unsigned long long* tickets) {
   atomicAdd(tickets, blockIdx.x == 0 ? (1ull << kTicketBits) - (gridDim.x - 1) : 1ull);
 }
+
+// The next N set bits of a mask, n of which there were; the others are 0.  What is done for each of N need not wait for the one before.
+template <int N> struct Few {
+  int n = 0, bit[N];
+  __device__ __forceinline__ explicit Few(unsigned* rest) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      n += *rest != 0 ? 1 : 0;
+      bit[j] = max(__ffs(*rest) - 1, 0);
+      *rest &= *rest - 1;
+    }
+  }
+};
 
 // ----------------------------------------------------------------------------------------------------- packets ----
 
@@ -83,12 +125,16 @@ __device__ __forceinline__ int pickOf(const uint4& v, int i) {
   return static_cast<int>(__funnelshift_r(low, high, bit % 32) & 0xfff);
 }
 
-// Pick `lane` of token t of source, kNoPick for lanes >= K.
-__device__ __forceinline__ int loadPick(const LatencyView& v, unsigned buffer, int source, int t) {
+// The picks of token t of source, their load under way: each lane has the packet of selection `lane`.
+__device__ __forceinline__ uint4 loadPicks(const LatencyView& v, unsigned buffer, int source, int t) {
   const int lane = threadIdx.x & 31;
-  if (lane >= v.layout.topK) return kNoPick;
-  const uint4 packet = loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + lane / kPicksPerPacket);
-  return pickOf(packet, lane % kPicksPerPacket);
+  if (lane >= v.layout.topK) return uint4{};
+  return loadPacket(packets(own(v), v.layout.pick(buffer, source, t)) + lane / kPicksPerPacket);
+}
+// Selection `lane`, kNoPick for lanes >= K.
+__device__ __forceinline__ int pickOfLane(const LatencyView& v, const uint4& picks) {
+  const int lane = threadIdx.x & 31;
+  return lane < v.layout.topK ? pickOf(picks, lane % kPicksPerPacket) : kNoPick;
 }
 
 // The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet, which lane i
@@ -189,47 +235,43 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // ------------------------------------------------------------------------------------------------------ sending ----
 
-// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that has failed claims nothing, for its
-// calls no longer wait for the peers' and would overwrite what they have yet to read.
+// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed before the call claims
+// nothing, for its calls no longer wait for the peers' and would overwrite what they have yet to read.
 struct Claim {
-  unsigned long long mark, before;
+  uint32_t mark, before; // lane 0: the answer, which nothing looks at before mine()
+  bool silent;
   // The same answer in all lanes.
-  __device__ __forceinline__ bool mine() const { return __shfl_sync(~0u, before, 0) != mark; }
+  __device__ __forceinline__ bool mine() const { return !silent && __shfl_sync(~0u, before, 0) != mark; }
 };
 
 struct Shares {
-  const uint32_t* failed;
-  unsigned long long* claims;
-  unsigned long long mark; // of this call
-  int count;               // shares that have items
-  bool allTaken;
+  const LatencyView& v;
+  uint32_t mark; // of this call: its tag
+  int nItems;
+  bool silent, allTaken = false;
 
-  __device__ __forceinline__ Shares(const LatencyView& v, const Call& call, int nItems, bool taken)
-    : failed(&control(v.comm)->failed), claims(reinterpret_cast<unsigned long long*>(own(v) + v.layout.claims)),
-      mark(call.number + 1), count(min(nItems, stride())), allTaken(taken) {}
+  __device__ __forceinline__ Shares(const LatencyView& view, const Call& call, int items, bool failed)
+    : v(view), mark(call.tag), nItems(items), silent(failed) {}
+  __device__ __forceinline__ uint32_t* claims() const { return reinterpret_cast<uint32_t*>(own(v) + v.layout.claims); }
 
   // Neighbouring shares go to different SMs.
   static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
   static __device__ __forceinline__ int stride() { return gridDim.x * (blockDim.x / 32); }
 
   __device__ __forceinline__ Claim claim(int share) const {
-    Claim claim{mark, 0};
-    if ((threadIdx.x & 31) == 0) {
-      const uint32_t silent = *reinterpret_cast<const volatile uint32_t*>(failed);
-      const unsigned long long before = atomicExch(&claims[share], mark);
-      claim.before = silent != 0 ? mark : before;
-    }
+    Claim claim{mark, 0, silent};
+    if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims()[share], mark);
     return claim;
   }
   // One that nobody had claimed a moment ago, or -1.
   __device__ __forceinline__ int unclaimed() {
     if (allTaken) return -1;
-    const int start = first() % count;
+    const int count = min(nItems, stride()), start = first() % count; // shares that have items
 #pragma unroll 1
     for (int n = 0; n < count; n += 32) {
       const int i = n + (threadIdx.x & 31);
       const int share = (start + i) % count;
-      const bool open = i < count && *reinterpret_cast<volatile unsigned long long*>(&claims[share]) != mark;
+      const bool open = i < count && *reinterpret_cast<volatile uint32_t*>(&claims()[share]) != mark;
       const unsigned opens = __ballot_sync(~0u, open);
       if (opens != 0) return __shfl_sync(~0u, share, __ffs(opens) - 1);
     }
@@ -252,22 +294,33 @@ __device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& ca
 __device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call& call, int peer, uint32_t signature,
                                                 bool mayStall, uint4* header) {
   const uint4* at = packets(own(v), v.layout.header(call.parity, peer));
-  const Progress progress = await(v.comm, kPhaseHeader, peer, call.tag, mayStall, [&] {
+  const auto ready = [&] {
     *header = loadPacket(at);
     return header->w == call.tag;
-  });
+  };
+  const Progress progress = await(v.comm, kPhaseHeader, peer, call.tag, mayStall, ready);
   if (progress != Progress::done || header->y == signature) return progress;
   recordFailure(v.comm, kFailMismatch, kPhaseHeader, peer, call.tag, header->y);
   return Progress::failed;
 }
 
-// The same, counting the time that it took; of a wait that stalls each part is counted.
-__device__ __forceinline__ Progress awaitAndCount(const LatencyView& v, const Call& call, int r, uint32_t signature,
-                                                  bool mayStall, uint4* header) {
-  const uint64_t start = globalTimerNs();
-  const Progress progress = awaitHeader(v, call, r, signature, mayStall, header);
-  countWait(v.comm, r, start);
-  return progress;
+// The headers of all ranks that take part: use(r, header).  By a whole warp, whose lane l waits for ranks l and l + 32; the same answer
+// in all lanes.  counts: the time that it takes is counted, of a wait that stalls each part.
+template <class Use>
+__device__ __forceinline__ Progress receiveHeaders(const LatencyView& v, const Call& call, unsigned long long masked,
+                                                   uint32_t signature, bool mayStall, bool counts, Use use) {
+  Progress worst = Progress::done;
+#pragma unroll 1
+  for (int r = threadIdx.x & 31; r < v.comm.nRanks && worst == Progress::done; r += 32) {
+    if ((masked >> r & 1) != 0) continue;
+    uint4 header;
+    const uint64_t start = globalTimerNs();
+    worst = awaitHeader(v, call, r, signature, mayStall, &header);
+    if (counts) countWait(v.comm, r, start);
+    if (worst == Progress::done) use(r, header);
+  }
+  if (__any_sync(~0u, worst == Progress::failed)) return Progress::failed;
+  return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
 }
 
 // Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole warp.

@@ -83,8 +83,8 @@ cudaError_t prepareLatencyDispatch();
 cudaError_t prepareLatencyCombine();
 // Shared memory that a dispatch takes.
 size_t latencyShared(const LatencyLayout& layout, int nExperts, int nLocal);
-// They take fewer blocks than maxSms where there is less to do.
-cudaError_t launchLatencyDispatch(const LatencyDispatchArgs& args, int maxSms, cudaStream_t stream);
-cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream);
+// They take fewer blocks than maxSms where there is less to do.  overlap: see launchKernel.
+cudaError_t launchLatencyDispatch(const LatencyDispatchArgs& args, int maxSms, cudaStream_t stream, bool overlap);
+cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream, bool overlap);
 
 } // namespace moe

@@ -66,15 +66,13 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
 #pragma unroll 1
     for (unsigned rest = here; rest != 0;) {
       uint4 raw[kRowsAtATime][2] = {};
-      float weights[kRowsAtATime];
-      int n = 0;
+      int from[kRowsAtATime], n = 0; // selections; their weights may still be on their way
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
         if (rest == 0) continue;
-        const int k = __ffs(rest) - 1;
+        const int k = from[j] = __ffs(rest) - 1;
         rest &= rest - 1;
         n++;
-        weights[j] = __shfl_sync(~0u, weight, k);
         const long long slot = __shfl_sync(~0u, entry, k);
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
 #pragma unroll
@@ -85,11 +83,12 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
         if (j >= n) continue;
+        const float w = __shfl_sync(~0u, weight, from[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float f[kElems];
           Vec<T>::load(raw[j][i], f);
-          addProduct<kElems>(acc[i], weights[j], f);
+          addProduct<kElems>(acc[i], w, f);
         }
       }
     }
@@ -123,15 +122,13 @@ __device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const C
 #pragma unroll 1
     for (unsigned rest = rows; rest != 0;) {
       uint4 raw[kRowsAtATime][2] = {};
-      float weights[kRowsAtATime];
-      int n = 0;
+      int from[kRowsAtATime], n = 0; // selections; their weights may still be on their way
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
         if (rest == 0) continue;
-        const int k = __ffs(rest) - 1;
+        const int k = from[j] = __ffs(rest) - 1;
         rest &= rest - 1;
         n++;
-        weights[j] = __shfl_sync(~0u, weight, k);
         const long long slot = __shfl_sync(~0u, entry, k);
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
         if (place.has[i]) raw[j][0] = loadOnce(row + 2 * place.at[i]), raw[j][1] = loadOnce(row + 2 * place.at[i] + 1);
@@ -139,11 +136,12 @@ __device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const C
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
         if (j >= n) continue;
+        const float w = __shfl_sync(~0u, weight, from[j]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float f[8];
           Vec<T>::load(raw[j][h], f);
-          addProduct<8>(sum + 8 * h, weights[j], f);
+          addProduct<8>(sum + 8 * h, w, f);
         }
       }
     }
@@ -171,7 +169,6 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
   for (unsigned rest = here; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
     const long long slot = __shfl_sync(~0u, entry, k);
-    const uint32_t w = __float_as_uint(__shfl_sync(~0u, weight, k));
     const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
     uint4* record = packets(v.peers[owner], v.layout.record(call.parity, k, t));
     bool looksEmpty = false;
@@ -182,6 +179,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
       storePacket(record + place.at[i], packet);
       looksEmpty = looksEmpty || isEmpty(packet);
     }
+    const uint32_t w = __float_as_uint(__shfl_sync(~0u, weight, k));
     if (lane == 0) storePacket(record + v.layout.extrasOf(segment), make_uint4(w, 0, 0, 0)); // never looks empty
     if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, k, t, 1 + segment);
   }
@@ -210,32 +208,38 @@ __device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Cal
   if (__any_sync(~0u, has && isEmpty(packet))) sendLiteral(v, call, owner, v.comm.rank, t, 0);
 }
 
-// Item 1 + n: row n % nRows, its unit n / nRows.
+// What a warp is about to send, the load of its entries under way.  Item 1 + n: row n % nRows, its unit n / nRows.
+struct Outgoing {
+  int unit, owner, t;
+  int entry; // lane k: where the row of selection k is, -1: not here
+};
+__device__ __forceinline__ Outgoing fetch(const LatencyView& v, const Shape& shape, const int* nTokens, int nRows,
+                                          int item) {
+  Outgoing out{0, 0, 0, -1};
+  if (item == 0) return out;
+  const unsigned i = item - 1, n = nRows;
+  out.t = static_cast<int>(i % n);
+  out.unit = static_cast<int>(shape.firstUnit + i / n);
+#pragma unroll 1
+  while (out.t >= nTokens[out.owner]) out.t -= nTokens[out.owner++];
+  const int lane = threadIdx.x & 31, k = v.layout.topK;
+  const size_t at = (static_cast<size_t>(out.owner) * v.layout.maxTokens + out.t) * k + lane;
+  if (lane < k) out.entry = reinterpret_cast<const int*>(own(v) + v.layout.map)[at];
+  return out;
+}
+
 // False: the share is another's.
 template <class T, bool kCast>
 __device__ __forceinline__ bool sendItem(const LatencyCombineArgs& a, const Call& call, const Shape& shape,
-                                         unsigned long long masked, const int (&nTokens)[2], int nRows, int item,
-                                         const Claim& claim) {
-  const LatencyView& v = a.view;
-  const int lane = threadIdx.x & 31, k = v.layout.topK;
+                                         unsigned long long masked, int item, const Outgoing& out, const Claim& claim) {
+  if (!claim.mine()) return false;
   if (item == 0) {
-    if (!claim.mine()) return false;
-    sendHeaders(v, call, masked, 0, a.signature, 0);
+    sendHeaders(a.view, call, masked, 0, a.signature, 0);
     return true;
   }
-  int t = (item - 1) % nRows, owner = 0;
-  const int unit = shape.firstUnit + (item - 1) / nRows;
-#pragma unroll 1
-  for (;; owner++) {
-    const int n = __shfl_sync(~0u, owner < 32 ? nTokens[0] : nTokens[1], owner & 31);
-    if (t < n) break;
-    t -= n;
-  }
+  const int owner = out.owner, t = out.t, unit = out.unit, entry = out.entry;
   if ((masked >> owner & 1) != 0) return true;
-  const size_t at = (static_cast<size_t>(owner) * v.layout.maxTokens + t) * k + lane;
-  const int entry = lane < k ? reinterpret_cast<const int*>(own(v) + v.layout.map)[at] : -1;
   const unsigned here = __ballot_sync(~0u, entry >= 0);
-  if (!claim.mine()) return false;
   if (here == 0) return true;
   if (unit == 0) {
     sendGrads(a, call, owner, t, entry);
@@ -253,22 +257,6 @@ __device__ __forceinline__ bool sendItem(const LatencyCombineArgs& a, const Call
 }
 
 // ---------------------------------------------------------------------------------------------------- receive ------
-
-// Lane l waits for ranks l and l + 32.
-__device__ __forceinline__ Progress receiveHeaders(const LatencyCombineArgs& a, const Call& call,
-                                                   unsigned long long masked, bool mayStall) {
-  const LatencyView& v = a.view;
-  Progress worst = Progress::done;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int r = static_cast<int>(threadIdx.x & 31) + 32 * i;
-    if (worst != Progress::done || r >= v.comm.nRanks || (masked >> r & 1) != 0) continue;
-    uint4 header;
-    worst = awaitAndCount(v, call, r, a.signature, mayStall, &header);
-  }
-  if (__any_sync(~0u, worst == Progress::failed)) return Progress::failed;
-  return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
-}
 
 // Bit p: the token's record of plane p holds a row; a plane is a rank or, with EXACT, a selection.
 __device__ __forceinline__ unsigned long long planesOf(const LatencyCombineArgs& a, int rankOfPick,
@@ -438,9 +426,10 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
                                                 bool mayStall) {
   const LatencyView& v = a.view;
-  if (item == 0) return receiveHeaders(a, call, masked, mayStall);
-  const int t = (item - 1) % nTokens, unit = shape.firstUnit + (item - 1) / nTokens;
-  const int pick = loadPick(v, buffer, v.comm.rank, t);
+  if (item == 0) return receiveHeaders(v, call, masked, a.signature, mayStall, true, [](int, const uint4&) {});
+  const unsigned i = item - 1, n = nTokens;
+  const int t = static_cast<int>(i % n), unit = static_cast<int>(shape.firstUnit + i / n);
+  const int pick = pickOfLane(v, loadPicks(v, buffer, v.comm.rank, t));
   const int rankOfPick = pick != kNoPick ? v.comm.positionRank[pick] : -1;
   if (unit == 0) return receiveGrads(a, call, t, rankOfPick, masked, mayStall);
   const unsigned long long planes = planesOf(a, rankOfPick, masked);
@@ -463,38 +452,42 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
 
 template <class T, bool kCast>
 __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid_constant__ LatencyCombineArgs a) {
+  __shared__ Opening opening;
   const LatencyView& v = a.view;
-  const LatencyState* state = stateOf(v);
-  const unsigned long long tickets = loadTickets(&state->calls), dispatches = loadTickets(&state->dispatches);
-  const unsigned long long masked = *reinterpret_cast<volatile unsigned long long*>(&v.comm.shared->masked);
   const Shape shape(a);
-  // Lane r: tokens of ranks r and r + 32.
-  const int lane = threadIdx.x & 31;
+  awaitKernelBefore();
+  if (threadIdx.x < 32) open(v, &opening);
+  __syncthreads();
+  if (threadIdx.x == 0 && a.halves.receive) addTicket(&stateOf(v)->calls);
+  const unsigned long long masked = opening.masked;
   // A failed rank's last dispatch may not have come as far as to say what is in the tensors.
-  const bool go = state->go != 0 && *reinterpret_cast<volatile uint32_t*>(&control(v.comm)->failed) == 0;
-  const int tokens[2] = {go && lane < v.comm.nRanks ? state->nTokens[lane] : 0,
-                         go && lane + 32 < v.comm.nRanks ? state->nTokens[lane + 32] : 0};
-  const int nRows = __reduce_add_sync(~0u, tokens[0] + tokens[1]);
-  const int nTokens = __shfl_sync(~0u, v.comm.rank < 32 ? tokens[0] : tokens[1], v.comm.rank & 31);
-  const Call call = callOf(tickets);
-  const unsigned buffer = static_cast<unsigned>(dispatches >> kTicketBits) & 1;
+  const bool go = opening.go != 0 && opening.failed == 0;
+  const int lane = threadIdx.x & 31;
+  const int nRows = go ? __reduce_add_sync(~0u, opening.nTokens[lane] + opening.nTokens[lane + 32]) : 0;
+  const int nTokens = go ? opening.nTokens[v.comm.rank] : 0;
+  const Call call = callOf(opening);
+  const unsigned buffer = static_cast<unsigned>(opening.dispatches >> kTicketBits) & 1;
   const int nSend = 1 + nRows * shape.nUnits, nReceive = 1 + nTokens * shape.nUnits;
-  Shares shares(v, call, nSend, false);
-  int share = a.halves.send && Shares::first() < shares.count ? Shares::first() : -1;
-  int item = Shares::first();
+  Shares shares(v, call, nSend, opening.failed != 0);
+  int share = a.halves.send && Shares::first() < nSend ? Shares::first() : -1;
+  int item = Shares::first(); // to receive
   bool stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
       const Claim claim = shares.claim(share);
+      Outgoing out = fetch(v, shape, opening.nTokens, nRows, share);
 #pragma unroll 1
       for (int i = share; i < nSend; i += Shares::stride()) {
-        if (!sendItem<T, kCast>(a, call, shape, masked, tokens, nRows, i, claim)) break;
+        Outgoing next{};
+        if (i + Shares::stride() < nSend) next = fetch(v, shape, opening.nTokens, nRows, i + Shares::stride());
+        if (!sendItem<T, kCast>(a, call, shape, masked, i, out, claim)) break;
+        out = next;
       }
       share = stalled ? shares.unclaimed() : -1;
       if (share >= 0) continue;
     }
-    if (!a.halves.receive) return;
+    if (!a.halves.receive) break;
     working = false;
 #pragma unroll 1
     for (; item < nReceive; item += Shares::stride()) {
@@ -509,8 +502,6 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
       }
     }
   }
-  __syncthreads(); // all threads have read the counters
-  if (threadIdx.x == 0) addTicket(&stateOf(v)->calls);
 }
 
 } // namespace
@@ -525,13 +516,13 @@ cudaError_t prepareLatencyCombine() {
   return result;
 }
 
-cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream) {
+cudaError_t launchLatencyCombine(const LatencyCombineArgs& args, int maxSms, cudaStream_t stream, bool overlap) {
   auto* kernel = args.cast                   ? latencyCombineKernel<__nv_bfloat16, true>
                  : args.type == ncclBfloat16 ? latencyCombineKernel<__nv_bfloat16, false>
                  : args.type == ncclFloat16  ? latencyCombineKernel<__half, false>
                                              : latencyCombineKernel<float, false>;
   return launchKernel<LatencyCombineArgs>(kernel, latencyBlocks(args.view, args.nTokens, args.wireBytes, maxSms),
-                                          kThreads, 0, stream, args);
+                                          kThreads, 0, stream, args, overlap);
 }
 
 } // namespace moe

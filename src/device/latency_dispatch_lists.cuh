@@ -8,113 +8,151 @@ namespace moe {
 constexpr int kDispatchThreads = 512; // what leaves the registers that each needs
 static_assert(kDispatchThreads / 32 <= kMaxLatencyWarps, "claims");
 
+// A thread's place among those that gather: the last warps come first, for the first ones have rows to send.
+__device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static_cast<int>(threadIdx.x); }
+
 // What a block knows of the arriving rows, in shared memory.
 struct Lists {
-  uint32_t* bits;     // [nLocal + 1][words]: tokens (source * maxTokens + t) of each local expert, then of any
-  int* totals;        // [nLocal] rows of each expert
+  uint32_t*
+    lists; // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and how
+           // many each rank has
   int* offsets;       // [nLocal + 1] first row of each group
   int* nTokens;       // [R]
   int* weighted;      // [R] the source sends weights
   uint32_t* capacity; // [R]
+  int* nExperts;      // [R] EXPERT_MAJOR: of each rank
   int* needed;        // [R] rows that it receives; known only where a buffer might be too small
-  int* counts;        // [nExperts + R] likewise
-  int words;
+  int* demand;        // [nExperts + R] likewise: tokens of every expert, or of every rank
+  int nRanks, words;
 
-  __device__ __forceinline__ Lists(const LatencyView& v, uint32_t* at) : words(v.layout.words()) {
-    const int r = v.comm.nRanks;
-    bits = at, at += (v.nLocal + 1) * words;
-    totals = reinterpret_cast<int*>(at), at += v.nLocal;
-    offsets = reinterpret_cast<int*>(at), at += v.nLocal + 1;
-    nTokens = reinterpret_cast<int*>(at), at += r;
-    weighted = reinterpret_cast<int*>(at), at += r;
-    capacity = at, at += r;
-    needed = reinterpret_cast<int*>(at), at += r;
-    counts = reinterpret_cast<int*>(at);
+  __device__ __forceinline__ Lists(const LatencyView& v, uint32_t* at)
+    : nRanks(v.comm.nRanks), words(v.layout.words()) {
+    const auto ints = [&](int n) {
+      uint32_t* from = at;
+      at += n;
+      return reinterpret_cast<int*>(from);
+    };
+    nTokens = ints(nRanks);
+    weighted = ints(nRanks);
+    lists = reinterpret_cast<uint32_t*>(ints((v.nLocal + 1) * stride()));
+    capacity = reinterpret_cast<uint32_t*>(ints(nRanks));
+    offsets = ints(v.nLocal + 1);
+    nExperts = ints(nRanks);
+    needed = ints(nRanks);
+    demand = ints(v.comm.nExperts + nRanks);
   }
-  __device__ __forceinline__ uint32_t* any(const LatencyView& v) const { return bits + v.nLocal * words; }
-  // How many tokens before this one have plane l's bit; by a whole warp.
-  __device__ __forceinline__ int before(int l, int token) const {
+  static size_t bytes(const LatencyLayout& layout, int nExperts, int nLocal) {
+    const size_t r = static_cast<size_t>(layout.nRanks), l = static_cast<size_t>(nLocal) + 1;
+    return sizeof(int) * (6 * r + l * (r * layout.words() + r) + l + static_cast<size_t>(nExperts));
+  }
+
+  __device__ __forceinline__ int stride() const { return nRanks * (words + 1); }
+  __device__ __forceinline__ uint32_t* bits(int l, int source) const { return lists + l * stride() + source * words; }
+  __device__ __forceinline__ uint32_t* count(int l, int source) const {
+    return lists + l * stride() + nRanks * words + source;
+  }
+  __device__ __forceinline__ bool has(int l, int source, int t) const {
+    return (bits(l, source)[t / 32] >> (t % 32) & 1) != 0;
+  }
+  // How many tokens in the order (source, token) come before this one in list l.
+  __device__ __forceinline__ int before(int l, int source, int t) const {
     int n = 0;
 #pragma unroll 1
-    for (int w = threadIdx.x & 31; w <= token / 32; w += 32) {
-      const uint32_t word = bits[l * words + w];
-      n += __popc(w == token / 32 ? word & ((1u << (token % 32)) - 1) : word);
+    for (int s = 0; s < source; s++) n += static_cast<int>(*count(l, s));
+    const uint32_t* own = bits(l, source);
+#pragma unroll 1
+    for (int w0 = 0; w0 <= t / 32; w0 += 4) {
+#pragma unroll
+      for (int w = w0; w < w0 + 4; w++) {
+        const uint32_t wanted = w < t / 32 ? ~0u : w == t / 32 ? (1u << (t % 32)) - 1 : 0u;
+        n += __popc((w <= t / 32 ? own[w] : 0u) & wanted);
+      }
     }
-    return __reduce_add_sync(~0u, n);
+    return n;
   }
-  __device__ __forceinline__ int all(int l) const {
+  __device__ __forceinline__ int total(int l) const {
     int n = 0;
 #pragma unroll 1
-    for (int w = threadIdx.x & 31; w < words; w += 32) n += __popc(bits[l * words + w]);
-    return __reduce_add_sync(~0u, n);
+    for (int s = 0; s < nRanks; s++) n += static_cast<int>(*count(l, s));
+    return n;
+  }
+  // Nothing is known yet, and masked ranks will say nothing.  By a whole block; a barrier must follow.
+  __device__ __forceinline__ void clear(const LatencyView& v) const {
+    const int n = static_cast<int>(reinterpret_cast<int*>(capacity) - nTokens);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += kDispatchThreads) nTokens[i] = 0; // weighted and lists too
+    const int r = gatherer();                                               // the first warp has other things to load
+    if (r >= nRanks) return;
+    capacity[r] = ~0u;
+    if (v.kind == ncclMoeLayoutExpertMajor) nExperts[r] = v.comm.rankStart[r + 1] - v.comm.rankStart[r];
   }
 };
 
 // Marks one token's picks.
-__device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, const uint4& packet, int row,
-                                     int first) {
-  const uint32_t bit = 1u << (row % 32);
+__device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, const uint4& packet, int source, int t) {
+  const uint32_t bit = 1u << (t % 32);
   bool here = false;
 #pragma unroll
   for (int i = 0; i < kPicksPerPacket; i++) {
-    const int local = pickOf(packet, i) - first;
-    if (local >= 0 && local < v.nLocal) {
-      atomicOr(&lists.bits[local * lists.words + row / 32], bit);
-      here = true;
-    }
+    const int local = pickOf(packet, i) - v.firstPosition;
+    if (local < 0 || local >= v.nLocal) continue;
+    atomicOr(&lists.bits(local, source)[t / 32], bit);
+    atomicAdd(lists.count(local, source), 1u);
+    here = true;
   }
-  if (here) atomicOr(&lists.any(v)[row / 32], bit);
+  // A token may have more than one packet.
+  if (here && (atomicOr(&lists.bits(v.nLocal, source)[t / 32], bit) & bit) == 0) {
+    atomicAdd(lists.count(v.nLocal, source), 1u);
+  }
 }
 
-// Headers and picks of all ranks, as far as this thread looks at them.
-__device__ __forceinline__ Progress gather(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                           unsigned buffer, const Lists& lists, bool mayStall) {
+// The headers, by the last warp.  Were all threads that want to know whether a token exists to look there, thousands of loads would
+// queue up at the lines that peers write to.  A barrier must follow.
+__device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, const Call& call,
+                                                  const Opening& opening, const Lists& lists, bool mayStall) {
+  if (gatherer() >= 32) return Progress::done;
+  return receiveHeaders(a.view, call, opening.masked, a.signature, mayStall, blockIdx.x == 0,
+                        [&](int r, const uint4& header) {
+                          lists.nTokens[r] = a.keep ? opening.nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
+                          lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
+                          lists.capacity[r] = header.z;
+                        });
+}
+
+// The picks of all ranks' nTokens tokens, as far as this thread looks at them.
+__device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, const Call& call, unsigned buffer,
+                                                int nTokens, const Lists& lists, bool mayStall) {
   const LatencyView& v = a.view;
-  const LatencyState* state = stateOf(v);
-  const int nRanks = v.comm.nRanks, perToken = v.layout.pickPackets, perRank = v.layout.maxTokens * perToken;
-  const int first = v.firstPosition;
-  if (threadIdx.x < nRanks) {
-    const int r = threadIdx.x;
-    uint4 header = make_uint4(0, 0, ~0u, 0); // of a masked rank
-    if ((masked >> r & 1) == 0) {
-      const Progress progress = blockIdx.x == 0 ? awaitAndCount(v, call, r, a.signature, mayStall, &header)
-                                                : awaitHeader(v, call, r, a.signature, mayStall, &header);
-      if (progress != Progress::done) return progress;
-    }
-    lists.nTokens[r] = a.keep ? state->nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
-    lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
-    lists.capacity[r] = header.z;
-  }
+  const int perToken = v.layout.pickPackets;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < nRanks * perRank; i += kDispatchThreads) {
-    const int source = i / perRank, t = i % perRank / perToken;
-    if ((masked >> source & 1) != 0) continue;
+  for (int i = gatherer(); i < nTokens * perToken; i += kDispatchThreads) {
+    int source = 0, t = i / perToken;
+#pragma unroll 1
+    while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
     const uint4* at = packets(own(v), v.layout.pick(buffer, source, t)) + i % perToken;
     uint4 packet;
-    bool exists = true;
-    if (a.keep) {
-      exists = t < state->nTokens[source];
-      if (exists) packet = loadPacket(at);
-    } else {
-      const uint4* head = packets(own(v), v.layout.header(call.parity, source));
-      const Progress progress = await(v.comm, kPhaseHeader, source, call.tag, mayStall, [&] {
-        packet = loadPacket(at);
-        if (packet.w == call.tag) return true;
-        const uint4 header = loadPacket(head);
-        exists = header.w != call.tag || t < static_cast<int>(header.x & ~kWeightedBit);
-        return !exists;
-      });
-      if (progress != Progress::done) return progress;
-    }
-    if (exists) mark(v, lists, packet, source * v.layout.maxTokens + t, first);
+    const auto ready = [&] {
+      packet = loadPacket(at);
+      return a.keep || packet.w == call.tag;
+    };
+    const Progress progress = await(v.comm, kPhaseHeader, source, call.tag, mayStall, ready);
+    if (progress != Progress::done) return progress;
+    mark(v, lists, packet, source, t);
   }
   return Progress::done;
 }
 
-// Whether every rank's buffer holds what it receives.  By a whole block, the same answer in all threads.
+// Whether every rank's buffer holds what it receives; in EXPERT_MAJOR also the sizes of the groups, as offsets.  By a whole block, the
+// same answer in all threads; but for EXPERT_PADDED a barrier is on the way.
 __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buffer, const Lists& lists) {
   const LatencyView& v = a.view;
   if (v.kind == ncclMoeLayoutExpertPadded) return true;
+  if (v.kind == ncclMoeLayoutExpertMajor) {
+#pragma unroll 1
+    for (int l = threadIdx.x; l < v.nLocal; l += kDispatchThreads) {
+      lists.offsets[l] = (lists.total(l) + v.alignment - 1) / v.alignment * v.alignment;
+    }
+  }
   const bool rankMajor = v.kind == ncclMoeLayoutRankMajor;
   const int nRanks = v.comm.nRanks, k = v.layout.topK;
   bool enough = true;
@@ -123,7 +161,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
 #pragma unroll 1
     for (int s = 0; s < nRanks; s++) most += lists.nTokens[s];
     if (!rankMajor) {
-      const int experts = v.comm.rankStart[threadIdx.x + 1] - v.comm.rankStart[threadIdx.x];
+      const int experts = lists.nExperts[threadIdx.x];
       most = most * min(k, experts) + static_cast<long long>(experts) * (v.alignment - 1);
     }
     enough = most <= lists.capacity[threadIdx.x];
@@ -131,7 +169,7 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   if (__builtin_expect(__syncthreads_and(enough) != 0, 1)) return true;
     // It might be too small: everything is counted.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kDispatchThreads) lists.counts[i] = 0;
+  for (int i = threadIdx.x; i < v.comm.nExperts + nRanks; i += kDispatchThreads) lists.demand[i] = 0;
   __syncthreads();
   const int perToken = v.layout.pickPackets;
 #pragma unroll 1
@@ -149,24 +187,24 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
         if (rankMajor) {
           ranks |= 1ull << v.comm.positionRank[pick];
         } else {
-          atomicAdd(&lists.counts[pick], 1);
+          atomicAdd(&lists.demand[pick], 1);
         }
       }
     }
 #pragma unroll 1
     for (; ranks != 0; ranks &= ranks - 1) {
-      atomicAdd(&lists.counts[v.comm.nExperts + __ffsll(static_cast<long long>(ranks)) - 1], 1);
+      atomicAdd(&lists.demand[v.comm.nExperts + __ffsll(static_cast<long long>(ranks)) - 1], 1);
     }
   }
   __syncthreads();
 #pragma unroll 1
   for (int r = threadIdx.x / 32; r < nRanks; r += kDispatchThreads / 32) {
-    int needed = lists.counts[v.comm.nExperts + r];
+    int needed = lists.demand[v.comm.nExperts + r];
     if (!rankMajor) {
       needed = 0;
 #pragma unroll 1
       for (int p = v.comm.rankStart[r] + (threadIdx.x & 31); p < v.comm.rankStart[r + 1]; p += 32) {
-        needed += (lists.counts[p] + v.alignment - 1) / v.alignment * v.alignment;
+        needed += (lists.demand[p] + v.alignment - 1) / v.alignment * v.alignment;
       }
       needed = __reduce_add_sync(~0u, needed);
     }
@@ -177,30 +215,28 @@ __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buff
   return __syncthreads_and(enough) != 0;
 }
 
-// Rows of every expert and, from them, where the groups start.  By a whole block; ends in a barrier.
-__device__ __forceinline__ void measure(const LatencyView& v, const Lists& lists) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-#pragma unroll 1
-  for (int l = warp; l < v.nLocal; l += kDispatchThreads / 32) {
-    const int n = lists.all(l);
-    if (lane == 0) lists.totals[l] = n;
-  }
-  __syncthreads();
-  if (v.kind == ncclMoeLayoutExpertMajor && warp == 0) {
-    int start = 0;
-#pragma unroll 1
-    for (int l0 = 0; l0 < v.nLocal; l0 += 32) {
-      const int n = l0 + lane < v.nLocal ? (lists.totals[l0 + lane] + v.alignment - 1) / v.alignment * v.alignment : 0;
-      int upTo = n;
+// Where the groups of EXPERT_MAJOR start, from their sizes.  By a whole block; ends in a barrier.
+__device__ __forceinline__ void addOffsets(const LatencyView& v, const Lists& lists) {
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x, each = (v.nLocal + 31) / 32;
+    const int begin = min(lane * each, v.nLocal), end = min(begin + each, v.nLocal);
+    int n = 0;
+#pragma unroll 4
+    for (int l = begin; l < end; l++) n += lists.offsets[l];
+    int start = n;
 #pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, upTo, d);
-        if (lane >= d) upTo += other;
-      }
-      if (l0 + lane < v.nLocal) lists.offsets[l0 + lane] = start + upTo - n;
-      start += __shfl_sync(~0u, upTo, 31);
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, start, d);
+      if (lane >= d) start += other;
     }
-    if (lane == 0) lists.offsets[v.nLocal] = start;
+    if (lane == 31) lists.offsets[v.nLocal] = start;
+    start -= n;
+#pragma unroll 4
+    for (int l = begin; l < end; l++) {
+      const int size = lists.offsets[l];
+      lists.offsets[l] = start;
+      start += size;
+    }
   }
   __syncthreads();
 }
@@ -213,12 +249,12 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   if (threadIdx.x < 32) {
     int n = 0;
     if (v.kind == ncclMoeLayoutRankMajor) {
-      n = lists.all(v.nLocal);
+      n = lists.total(v.nLocal);
     } else if (v.kind == ncclMoeLayoutExpertMajor) {
       n = lists.offsets[v.nLocal];
     } else {
 #pragma unroll 1
-      for (int l = threadIdx.x; l < v.nLocal; l += 32) n += lists.totals[l];
+      for (int l = threadIdx.x; l < v.nLocal; l += 32) n += lists.total(l);
       n = __reduce_add_sync(~0u, n);
     }
     if (threadIdx.x == 0) nRows = n;
@@ -227,7 +263,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
 #pragma unroll 1
   for (int l = threadIdx.x; l < v.nLocal; l += kDispatchThreads) {
-    const int n = lists.totals[l];
+    const int n = lists.total(l);
     if (a.expertCounts != nullptr) a.expertCounts[l] = n;
     if (v.hostCounts) hostCounts[l] = n;
     if (go && n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
@@ -237,12 +273,13 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     for (int l = threadIdx.x; l <= v.nLocal; l += kDispatchThreads) a.expertOffsets[l] = lists.offsets[l];
   }
   if (threadIdx.x < v.comm.nRanks) state->nTokens[threadIdx.x] = lists.nTokens[threadIdx.x];
-  // Tokens without a row here are none of combine's.
-  const uint32_t* any = lists.any(v);
+    // Tokens without a row here are none of combine's.
 #pragma unroll 1
   for (int i = threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK; i += kDispatchThreads) {
     const int token = i / v.layout.topK;
-    if ((any[token / 32] >> (token % 32) & 1) == 0) reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
+    if (!lists.has(v.nLocal, token / v.layout.maxTokens, token % v.layout.maxTokens)) {
+      reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
+    }
   }
   __syncthreads();
   if (threadIdx.x != 0) return;

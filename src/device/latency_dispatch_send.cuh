@@ -34,8 +34,9 @@ __device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, i
   out.item = item;
   out.expert = -1;
   if (item == 0) return out;
-  out.unit = (item - 1) / nTokens;
-  out.t = (item - 1) % nTokens;
+  const unsigned i = item - 1, n = nTokens;
+  out.unit = static_cast<int>(i / n);
+  out.t = static_cast<int>(i % n);
   if (!a.keep && lane < k) {
     const size_t at = static_cast<size_t>(out.t) * k + lane;
     out.expert = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
@@ -67,7 +68,7 @@ __device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call&
   const int lane = threadIdx.x & 31;
   Home home{-1, -1};
   if (a.keep) {
-    const int pick = loadPick(v, buffer, v.comm.rank, t);
+    const int pick = pickOfLane(v, loadPicks(v, buffer, v.comm.rank, t));
     if (pick != kNoPick) home = Home{pick, v.comm.positionRank[pick]};
     return home;
   }
@@ -98,21 +99,21 @@ __device__ __forceinline__ void sendPicks(const LatencyDispatchArgs& a, const Ca
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   const uint32_t pick = home.position >= 0 ? static_cast<uint32_t>(home.position) : kNoPick;
-  unsigned long long low = 0, high = 0; // picks 0 to 4 and 5 to 7 of packet `lane`
-#pragma unroll
-  for (int i = 0; i < kPicksPerPacket; i++) {
-    const unsigned long long p = __shfl_sync(~0u, pick, (lane * kPicksPerPacket + i) & 31);
-    if (i < 5) low |= p << (12 * i);
-    if (i >= 5) high |= p << (12 * (i - 5));
-  }
-  low |= high << 60;
-  high >>= 4;
-  if (lane >= v.layout.pickPackets) return;
-  const uint4 packet =
-    make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high), call.tag);
+  const int bit = 12 * (lane % kPicksPerPacket);
 #pragma unroll 1
-  for (int r = 0; r < v.comm.nRanks; r++) {
-    if ((masked >> r & 1) == 0) storePacket(packets(v.peers[r], v.layout.pick(buffer, v.comm.rank, t)) + lane, packet);
+  for (int p = 0; p < v.layout.pickPackets; p++) {
+    uint32_t words[3];
+#pragma unroll
+    for (int w = 0; w < 3; w++) {
+      const int shift = bit - 32 * w;
+      const uint32_t part = shift <= -12 || shift >= 32 ? 0u : shift >= 0 ? pick << shift : pick >> -shift;
+      words[w] = __reduce_or_sync(~0u, lane / kPicksPerPacket == p ? part : 0u);
+    }
+    const uint4 packet = make_uint4(words[0], words[1], words[2], call.tag);
+#pragma unroll 1
+    for (int r = lane; r < v.comm.nRanks; r += 32) {
+      if ((masked >> r & 1) == 0) storePacket(packets(v.peers[r], v.layout.pick(buffer, v.comm.rank, t)) + p, packet);
+    }
   }
 }
 
@@ -135,8 +136,18 @@ __device__ __forceinline__ uint4 gatherBytes(const char* from, int bytes) {
 }
 
 template <class Store> __device__ __forceinline__ void forEachRank(unsigned leaders, const Home& home, Store store) {
+  constexpr int kAtATime = 2;
 #pragma unroll 1
-  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) store(__shfl_sync(~0u, home.rank, __ffs(rest) - 1));
+  for (unsigned rest = leaders; rest != 0;) {
+    const Few<kAtATime> few(&rest);
+    int ranks[kAtATime];
+#pragma unroll
+    for (int j = 0; j < kAtATime; j++) ranks[j] = __shfl_sync(~0u, home.rank, few.bit[j]);
+#pragma unroll
+    for (int j = 0; j < kAtATime; j++) {
+      if (j < few.n) store(ranks[j]);
+    }
+  }
 }
 
 // False: the share is another's.

@@ -65,7 +65,7 @@ struct LatencyLayout {
     records = literals + align128(2 * sizeof(uint32_t) * slots * (maxSegments + 1));
     map = records + 2 * slots * recordBytes;
     claims = map + align128(sizeof(int) * rows * k);
-    state = claims + sizeof(unsigned long long) * kMaxLatencyBlocks * kMaxLatencyWarps;
+    state = claims + sizeof(uint32_t) * kMaxLatencyBlocks * kMaxLatencyWarps;
     bytes = state + align128(sizeof(LatencyState));
   }
   MOE_HD int extrasOf(int segment) const { return maxSegments * kSegmentPackets + segment * kSegmentExtras; }
@@ -83,8 +83,8 @@ struct LatencyLayout {
     return literals + sizeof(uint32_t) *
                         (((static_cast<size_t>(parity) * nPlanes + plane) * maxTokens + t) * (maxSegments + 1) + unit);
   }
-  // Of a bit for each token of each rank.
-  MOE_HD int words() const { return (nRanks * maxTokens + 31) / 32; }
+  // Of a bit for each token of a rank.
+  MOE_HD int words() const { return (maxTokens + 31) / 32; }
 };
 
 } // namespace moe

@@ -41,8 +41,8 @@ ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens,
 }
 
 LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
-                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome)
-  : maxScaleBytes_(scaleRoom(config.maxRowBytes)) {
+                               const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, bool overlaps)
+  : maxScaleBytes_(scaleRoom(config.maxRowBytes)), overlaps_(overlaps) {
   view_.comm = comm;
   view_.layout = latencyLayout(config, comm.nRanks, routing.maxTokens, routing.topK);
   for (int r = 0; r < comm.nRanks; r++) view_.peers[r] = window.bases()[r];
@@ -104,7 +104,7 @@ ncclResult_t LatencyRouting::dispatch(const ncclMoeDispatchArgs_t& args, const n
   a.signature = hash({1, a.wireBytes, a.scaleBytes, args.quant, a.keep ? 1 : 0});
   dispatch_ = a;
   maxSms_ = maxSms;
-  CUDACHECK(launchLatencyDispatch(a, maxSms, stream));
+  CUDACHECK(launchLatencyDispatch(a, maxSms, stream, overlaps_));
   return ncclSuccess;
 }
 
@@ -128,17 +128,17 @@ ncclResult_t LatencyRouting::combine(const ncclMoeCombineArgs_t& args, const ncc
   a.signature = hash({2, a.rowBytes, args.type, a.withGrads ? 1 : 0, a.exact ? 1 : 0, a.cast ? 1 : 0});
   combine_ = a;
   maxSms_ = maxSms;
-  CUDACHECK(launchLatencyCombine(a, maxSms, stream));
+  CUDACHECK(launchLatencyCombine(a, maxSms, stream, overlaps_));
   return ncclSuccess;
 }
 
 ncclResult_t LatencyRouting::complete(const ncclMoeRouting& routing, cudaStream_t stream) {
   if (routing.phase == ncclMoeRouting::Phase::dispatchSent) {
     dispatch_.halves = {false, true};
-    CUDACHECK(launchLatencyDispatch(dispatch_, maxSms_, stream));
+    CUDACHECK(launchLatencyDispatch(dispatch_, maxSms_, stream, overlaps_));
   } else {
     combine_.halves = {false, true};
-    CUDACHECK(launchLatencyCombine(combine_, maxSms_, stream));
+    CUDACHECK(launchLatencyCombine(combine_, maxSms_, stream, overlaps_));
   }
   return ncclSuccess;
 }

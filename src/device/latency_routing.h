@@ -17,7 +17,7 @@ LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens,
 class LatencyRouting {
  public:
   LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,
-                 const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome);
+                 const ncclMoeRoutingConfig_t& routing, RoutingOutcome* outcome, bool overlaps);
   // Makes all records empty.  No peer may write meanwhile.  Waits for the stream.
   ncclResult_t empty(cudaStream_t stream);
 
@@ -31,6 +31,7 @@ class LatencyRouting {
  private:
   LatencyView view_{};
   size_t maxScaleBytes_;
+  bool overlaps_;                  // kernels may begin before the ones that they follow have ended
   LatencyDispatchArgs dispatch_{}; // of the last call, for its second half
   LatencyCombineArgs combine_{};
   int maxSms_ = 0;

@@ -50,7 +50,8 @@ ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceR
   MOECHECK(addWindow(windowBytes(c), true, &state.window));
   state.outcome = clearedOutcome(state.window);
   if (!latency) return ncclSuccess;
-  state.latency = std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome);
+  state.latency =
+    std::make_unique<LatencyRouting>(config_, view(), *windows_[state.window], c, state.outcome, overlaps_);
   const ncclResult_t emptied = state.latency->empty(own_.get());
   MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data())); // nobody sends before everybody's are empty
   return emptied;
