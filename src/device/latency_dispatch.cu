@@ -3,10 +3,10 @@
 // Send.  Items: 0 the headers; then for each token its unit 0 (its picks to every rank, so that every rank can work out every
 // row's place; to the token's ranks the caller's scales and the weights), then for each token its segments.  Everything goes to
 // fixed places, by source rank and token.
-// Receive.  Each block waits for the headers, reads the picks of all tokens as they come and marks them in bitmaps: one for each local expert, and one
-// of the tokens that have any here.  From those follows the place of every row, in the order (source, token), by counting bits.
-// Then warps take (token, unit) items, wait for the packets and store them where the caller wants them.  The last block, where
-// there are several, tells the caller the counts instead.
+// Receive.  The last warp of each block waits for the headers; then the block reads the picks of all tokens as they come, and marks
+// and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those follows the place of
+// every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store
+// them where the caller wants them.  The last block, where there are several, tells the caller the counts instead.
 // See latency.cuh for packets, waits and who sends.
 #include "device/latency_dispatch_rows.cuh"
 

@@ -13,9 +13,8 @@ __device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static
 
 // What a block knows of the arriving rows, in shared memory.
 struct Lists {
-  uint32_t*
-    lists; // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and how
-           // many each rank has
+  // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and each rank's count of them.
+  uint32_t* lists;
   int* offsets;       // [nLocal + 1] first row of each group
   int* nTokens;       // [R]
   int* weighted;      // [R] the source sends weights
@@ -81,7 +80,8 @@ struct Lists {
     const int n = static_cast<int>(reinterpret_cast<int*>(capacity) - nTokens);
 #pragma unroll 1
     for (int i = threadIdx.x; i < n; i += kDispatchThreads) nTokens[i] = 0; // weighted and lists too
-    const int r = gatherer();                                               // the first warp has other things to load
+    // The first warp has other things to load.
+    const int r = gatherer();
     if (r >= nRanks) return;
     capacity[r] = ~0u;
     if (v.kind == ncclMoeLayoutExpertMajor) nExperts[r] = v.comm.rankStart[r + 1] - v.comm.rankStart[r];
