@@ -90,7 +90,8 @@ typedef enum {
   ncclMoeModeAuto = 0,       /* latency mode for routings of at most 512 maxTokens, if it can serve them */
   ncclMoeModeThroughput = 1, /* training and prefill: counts are exchanged, then rows go to their final slots */
   ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves.  At most 4094 experts, and
-                              * experts times maxTokens of a routing so many that their bits fit into 96 KiB */
+                              * routings for which (L+1) * (R * (ceil(maxTokens/32) + 1) + 1) + E + 6R is at most
+                              * 24576, L the most experts of any rank, E all: lists that must fit into 96 KiB */
 } ncclMoeMode_t;
 
 /* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs),
@@ -407,7 +408,7 @@ typedef struct ncclMoeCombineArgs {
   void* out; /* [T, H] of type, T of the routing's dispatch; zeros for a token without any expert.  May be NULL
               * if T is 0. */
   float*
-    gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for a selection of -1 or of a masked rank; or NULL */
+    gradTopkWeights; /* [T, K]: gradWeights back at the owner, 0 for selections of -1 or of masked ranks; or NULL */
   /* how */
   unsigned int flags;   /* NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT */
   int numSms;           /* 0: the communicator's */

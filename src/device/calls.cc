@@ -80,6 +80,8 @@ ncclResult_t DeviceBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeR
   MOECHECK(usable("ncclMoeDispatch"));
   DeviceRouting& state = stateOf(routing);
   if (state.latency != nullptr) {
+    MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, latency mode, %d tokens, flags 0x%x", moe_.rank, state.id,
+              args.nTokens, args.flags);
     MOECHECK(follow(stream));
     launched_ = true;
     MOECHECK(state.latency->dispatch(args, routing, sms(args.numSms, kLatencySms), stream));
@@ -161,6 +163,7 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
       MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));
       exactUsed_ = true;
     }
+    MOE_TRACE("ncclMoeCombine: rank %d, routing %d, latency mode, flags 0x%x", moe_.rank, state.id, args.flags);
     MOECHECK(follow(stream));
     launched_ = true;
     MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));

@@ -12,7 +12,13 @@
 // after it has seen its peer's header of call n+1.  The peer stored that in a kernel that began after its kernel of call n had
 // ended, and had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its own memory
 // are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the header.)  A header
-// comes in every call from every rank, even where nothing else is to be sent.
+// comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers of picks: dispatch
+// n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
+//
+// What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch brought, the map, the
+// picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore) before it reads anything, and one
+// warp of each block reads the state (Opening).  The count of calls is raised by every block after its own look, and shows the next call only when all
+// blocks have looked.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins after it sends nothing.
 //
 // Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
 // sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
@@ -80,10 +86,7 @@ __device__ __forceinline__ void open(const LatencyView& v, Opening* opening) {
 __device__ __forceinline__ Call callOf(const Opening& opening) {
   Call call;
   call.number = opening.calls >> kTicketBits;
-  // number % (2^32 - 1) + 1
-  uint32_t folded = static_cast<uint32_t>(call.number) + static_cast<uint32_t>(call.number >> 32);
-  folded += folded < static_cast<uint32_t>(call.number) ? 1 : 0;
-  call.tag = folded == ~0u ? 1 : folded + 1;
+  call.tag = tagOf(call.number);
   call.parity = static_cast<unsigned>(call.number & 1);
   return call;
 }

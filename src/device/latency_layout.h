@@ -30,8 +30,15 @@ constexpr int kMaxLatencyBlocks = 256;
 constexpr int kMaxLatencyWarps = 32; // of a block
 constexpr size_t kMaxLatencyShared = 96 << 10;
 
-// Calls are counted by what the blocks of a grid add up to when they end: 1 each, and block 0 what is missing to this.
+// Calls are counted by what the blocks of a grid add up to once they have read the count: 1 each, and block 0 what is missing to this.
 constexpr int kTicketBits = 20;
+
+// The tag of a call: n % (2^32 - 1) + 1, so never 0, which headers and picks hold that were never stored.
+MOE_HD uint32_t tagOf(unsigned long long n) {
+  uint32_t sum = static_cast<uint32_t>(n) + static_cast<uint32_t>(n >> 32);
+  sum += sum < static_cast<uint32_t>(n) ? 1 : 0; // the carry, which 2^32 - 1 takes round
+  return sum == UINT32_MAX ? 1 : sum + 1;
+}
 
 struct LatencyState {
   unsigned long long calls;      // << kTicketBits

@@ -1,5 +1,5 @@
 // The part of the CUDA backend's layout that needs no GPU.
-#include "device/layout.h"
+#include "device/latency_layout.h"
 
 #include <gtest/gtest.h>
 
@@ -20,6 +20,55 @@ TEST(DeviceLayout, EpochsAreNeverZeroAndAlternate) {
       epoch = next;
     }
   }
+}
+
+TEST(DeviceLayout, TagsOfLatencyCallsAreNeverZero) {
+  for (const uint64_t from : {uint64_t{0}, uint64_t{0xfffffff8}, uint64_t{0x1fffffff8}, uint64_t{0xfffffffffffffff0}}) {
+    for (uint64_t n = from; n != from + 15; n++) EXPECT_EQ(tagOf(n), n % 0xffffffffu + 1) << "of " << n;
+  }
+}
+
+// What a latency routing keeps does not overlap, and everything a kernel names lies in its own part.
+TEST(DeviceLayout, PartsOfALatencyRoutingAreApart) {
+  for (const int ranks : {1, 3, 64}) {
+    for (const int tokens : {1, 31, 128}) {
+      for (const int k : {1, 8, 13, 32}) {
+        for (const size_t rowBytes : {size_t{16}, size_t{1040}, size_t{14336}}) {
+          const size_t scaleBytes = scaleRoom(rowBytes);
+          const LatencyLayout layout(ranks, tokens, k, rowBytes, scaleBytes);
+          const int lastPlane = layout.nPlanes - 1;
+          EXPECT_GE(layout.nPlanes, std::max(ranks, k));
+          EXPECT_GE(layout.pickPackets * kPicksPerPacket, k);
+          EXPECT_GE(static_cast<size_t>(layout.maxSegments) * kSegmentPackets * kPacketBytes, rowBytes);
+          // Behind the segments and their extras: the caller's scales, then weights.
+          EXPECT_GE(layout.recordBytes, kPacketBytes * static_cast<size_t>(layout.aux()) +
+                                          (scaleBytes + kPacketBytes - 1) / kPacketBytes * kPacketBytes + 4u * k);
+          EXPECT_LT(layout.extrasOf(layout.maxSegments - 1) + kSegmentExtras - 1, layout.aux());
+          EXPECT_LE(layout.header(1, ranks - 1) + kPacketBytes, layout.picks);
+          EXPECT_LE(layout.pick(1, ranks - 1, tokens - 1) + size_t{kPacketBytes} * layout.pickPackets, layout.literals);
+          EXPECT_LE(layout.literal(1, lastPlane, tokens - 1, layout.maxSegments) + sizeof(uint32_t), layout.records);
+          EXPECT_LE(layout.record(1, lastPlane, tokens - 1) + layout.recordBytes, layout.map);
+          EXPECT_LE(layout.map + sizeof(int) * ranks * tokens * k, layout.claims);
+          EXPECT_LE(layout.claims + sizeof(uint32_t) * kMaxLatencyBlocks * kMaxLatencyWarps, layout.state);
+          EXPECT_LE(layout.state + sizeof(LatencyState), layout.bytes);
+          for (const size_t part : {layout.picks, layout.literals, layout.records, layout.recordBytes, layout.map,
+                                    layout.claims, layout.state}) {
+            EXPECT_EQ(part % 128, 0u);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The figures of docs/performance.md, in whole pages of 2 MiB.
+TEST(DeviceLayout, MemoryOfALatencyRouting) {
+  const auto mib = [](int tokens) {
+    constexpr size_t page = size_t{2} << 20;
+    return (LatencyLayout(4, tokens, 8, 14336, scaleRoom(14336)).bytes + page - 1) / page * 2;
+  };
+  EXPECT_EQ(mib(128), 32u);
+  EXPECT_EQ(mib(512), 124u);
 }
 
 // The pieces of a row cover it, whatever its size: each vector is in one of them.
