@@ -30,6 +30,9 @@
  *    child lives, so do copies of its parent's sockets: that the parent has died may then be noticed only after timeoutMs.
  *  - "Stream-ordered" means that the work is enqueued on the stream and the host does not wait.  The host backend has
  *    no streams: it ignores the argument and has done the work when the call returns.
+ *  - From sm_90 on, latency mode's kernels are launched programmatically (cudaLaunchAttributeProgrammaticStreamSerialization)
+ *    and wait for the end of the kernel before them.  If that one triggers its dependents early, their blocks may take SMs
+ *    that it has left.  If it was itself launched so, it must wait (cudaGridDependencySynchronize) for what came before.
  */
 #ifndef NCCL_MOE_H_
 #define NCCL_MOE_H_

@@ -81,9 +81,6 @@ ncclResult_t DeviceBackend::init() {
   NvtxRange range("ncclMoeCommInit");
   CUDACHECK(cudaGetDevice(&device_));
   CUDACHECK(cudaDeviceGetAttribute(&smCount_, cudaDevAttrMultiProcessorCount, device_));
-  int major = 0;
-  CUDACHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-  overlaps_ = major >= 9;
   CUDACHECK(cudaDeviceGetAttribute(&sharedBytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
   MOECHECK(agree());
   layout_ = commLayout(config_, moe_.nRanks);
@@ -94,7 +91,7 @@ ncclResult_t DeviceBackend::init() {
                 config_.maxMemory);
   }
   CUDACHECK(prepareRoute(sharedBytes_));
-  CUDACHECK(preparePush());
+  CUDACHECK(preparePush(&overlaps_));
   CUDACHECK(prepareCombine(sharedBytes_, &combineShapes_));
   CUDACHECK(prepareLatencyDispatch());
   CUDACHECK(prepareLatencyCombine());

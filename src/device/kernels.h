@@ -124,7 +124,8 @@ size_t routeSharedNeeded(int nRanks, int nExperts);
 // Before a communicator's first launch on its device, whose blocks may have so much shared memory.  It also loads the
 // kernels: loading one at its first launch can wait for the device, and so for a kernel that waits for a peer.
 cudaError_t prepareRoute(size_t sharedBytes);
-cudaError_t preparePush();
+// *overlaps: the code that is loaded waits in awaitKernelBefore.  Code made from PTX of an older architecture does not, on any device.
+cudaError_t preparePush(bool* overlaps);
 cudaError_t prepareCombine(size_t sharedBytes, CombineShapes* shapes);
 
 // Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.

@@ -9,16 +9,17 @@
 //   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.
 //
 // Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
-// after it has seen its peer's header of call n+1.  The peer stored that in a kernel that began after its kernel of call n had
-// ended, and had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its own memory
-// are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the header.)  A header
+// after it has seen its peer's header of call n+1.  The peer stored that in a kernel that had waited for the end of its kernel of
+// call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its
+// own memory are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the header.)  A header
 // comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers of picks: dispatch
 // n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
 //
 // What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch brought, the map, the
 // picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore) before it reads anything, and one
-// warp of each block reads the state (Opening).  The count of calls is raised by every block after its own look, and shows the next call only when all
-// blocks have looked.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins after it sends nothing.
+// warp of each block reads the state (Opening).  The count of calls is raised by every block after its own look (of the kernel that receives; that of
+// SEND_ONLY adds nothing), and shows the next call only when all blocks have looked.  What a dispatch leaves in the state, its last block stores while others may still
+// begin: they look at it only with KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins after it sends nothing.
 //
 // Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
 // sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
@@ -26,7 +27,8 @@
 // claimed yet, and one that ends leaves its SM to the next: whatever else runs, one resident block is enough for the peers to go on,
 // and once they do, so does this rank.
 //
-// Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank.
+// Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank; but
+// that for the kernel before, which ends by itself.  Each wait has its own deadline.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +55,7 @@ __device__ __forceinline__ LatencyState* stateOf(const LatencyView& v) {
 }
 __device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.comm.rank]; }
 
-// What every thread of a block must know before it does anything, in shared memory.  One warp loads it: were all warps of a grid
+// What every thread of a block must know before it sends or receives, in shared memory.  One warp loads it: were all warps of a grid
 // to ask, thousands of loads would queue up at the few lines that it lies in, for about two microseconds.
 struct Opening {
   unsigned long long calls, dispatches, masked;
@@ -238,8 +240,9 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // ------------------------------------------------------------------------------------------------------ sending ----
 
-// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed before the call claims
-// nothing, for its calls no longer wait for the peers' and would overwrite what they have yet to read.
+// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed when the block began sends
+// nothing (silent), for its calls no longer wait for the peers' and would overwrite what they have yet to read.
+// A claim hands over no data, so it is relaxed.  Its mark is the call's tag: one that is 2^32 - 1 calls old would pass for this call's.
 struct Claim {
   uint32_t mark, before; // lane 0: the answer, which nothing looks at before mine()
   bool silent;
@@ -307,14 +310,15 @@ __device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call
   return Progress::failed;
 }
 
-// The headers of all ranks that take part: use(r, header).  By a whole warp, whose lane l waits for ranks l and l + 32; the same answer
-// in all lanes.  counts: the time that it takes is counted, of a wait that stalls each part.
+// The headers of ranks [first, first + 32), and so on every `step` ranks, that take part: use(r, header).  By a whole warp, a lane for each
+// rank; the same answer in all lanes.  counts: the time that it takes is counted, of a wait that stalls each part.
 template <class Use>
 __device__ __forceinline__ Progress receiveHeaders(const LatencyView& v, const Call& call, unsigned long long masked,
-                                                   uint32_t signature, bool mayStall, bool counts, Use use) {
+                                                   uint32_t signature, int first, int step, bool mayStall, bool counts,
+                                                   Use use) {
   Progress worst = Progress::done;
 #pragma unroll 1
-  for (int r = threadIdx.x & 31; r < v.comm.nRanks && worst == Progress::done; r += 32) {
+  for (int r = first + (threadIdx.x & 31); r < v.comm.nRanks && worst == Progress::done; r += step) {
     if ((masked >> r & 1) != 0) continue;
     uint4 header;
     const uint64_t start = globalTimerNs();

@@ -426,7 +426,7 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
                                                 bool mayStall) {
   const LatencyView& v = a.view;
-  if (item == 0) return receiveHeaders(v, call, masked, a.signature, mayStall, true, [](int, const uint4&) {});
+  if (item == 0) return receiveHeaders(v, call, masked, a.signature, 0, 32, mayStall, true, [](int, const uint4&) {});
   const unsigned i = item - 1, n = nTokens;
   const int t = static_cast<int>(i % n), unit = static_cast<int>(shape.firstUnit + i / n);
   const int pick = pickOfLane(v, loadPicks(v, buffer, v.comm.rank, t));

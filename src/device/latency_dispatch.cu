@@ -21,6 +21,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
   const int nUnits = 1 + (a.wireBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
+  const Lists lists(v, dynamicShared);
+  if (a.halves.receive) lists.clear(v);
   awaitKernelBefore();
   int nTokens = a.nTokens;
   if (a.keep) {
@@ -32,9 +34,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   int share = a.halves.send && Shares::first() < nItems ? Shares::first() : -1;
   Outgoing<kCast> out{};
   if (share >= 0) out = fetch<kCast>(a, nTokens, share);
-  const Lists lists(v, dynamicShared);
   if (threadIdx.x < 32) open(v, &opening);
-  if (a.halves.receive) lists.clear(v);
   __syncthreads(); // the first loads of rows are on their way meanwhile
   if (threadIdx.x == 0 && a.halves.receive) {
     addTicket(&state->calls);
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 #pragma unroll 1
         for (int r = 0; r < v.comm.nRanks; r++) n += lists.nTokens[r];
         // Its loads are on their way while picks come.
-        if (item < n * nUnits) arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
+        if (item < n * nUnits && !(publisher && gridDim.x > 1))
+          arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
         progress = gatherPicks(a, call, buffer, n, lists, mayStall);
       }
       if (__builtin_expect(__syncthreads_and(progress == Progress::done) == 0, 0)) {

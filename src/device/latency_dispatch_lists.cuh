@@ -106,13 +106,13 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
   }
 }
 
-// The headers, by the last warp.  Were all threads that want to know whether a token exists to look there, thousands of loads would
+// The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a token exists to look there, thousands of loads would
 // queue up at the lines that peers write to.  A barrier must follow.
 __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, const Call& call,
                                                   const Opening& opening, const Lists& lists, bool mayStall) {
-  if (gatherer() >= 32) return Progress::done;
-  return receiveHeaders(a.view, call, opening.masked, a.signature, mayStall, blockIdx.x == 0,
-                        [&](int r, const uint4& header) {
+  if (gatherer() >= kMaxDeviceRanks) return Progress::done;
+  return receiveHeaders(a.view, call, opening.masked, a.signature, gatherer() / 32 * 32, kMaxDeviceRanks, mayStall,
+                        blockIdx.x == 0, [&](int r, const uint4& header) {
                           lists.nTokens[r] = a.keep ? opening.nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
                           lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
                           lists.capacity[r] = header.z;

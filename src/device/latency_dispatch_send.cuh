@@ -62,8 +62,7 @@ __device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, i
 struct Home {
   int position, rank;
 };
-__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call& call, unsigned buffer, int t,
-                                       long long expert, bool report) {
+__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, unsigned buffer, int t, long long expert) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   Home home{-1, -1};
@@ -72,17 +71,12 @@ __device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, const Call&
     if (pick != kNoPick) home = Home{pick, v.comm.positionRank[pick]};
     return home;
   }
-  const bool bad = expert < -1 || expert >= v.comm.nExperts;
-  if (!bad && expert >= 0) {
+  if (expert >= 0 && expert < v.comm.nExperts) {
     const uint32_t packed = v.comm.homes[expert];
     home = Home{static_cast<int>(packed & 0xffff), static_cast<int>(packed >> 16)};
   }
   const unsigned same = __match_any_sync(~0u, home.position >= 0 ? home.position : -1 - lane);
-  const bool repeated = (same & ((1u << lane) - 1)) != 0;
-  if (__builtin_expect(report && (bad || repeated), 0)) {
-    reportIndex(a, call, bad ? kOutcomeIndexRange : kOutcomeIndexRepeated, t, lane, expert);
-  }
-  if (repeated) home = Home{-1, -1};
+  if ((same & ((1u << lane) - 1)) != 0) home = Home{-1, -1}; // repeated
   return home;
 }
 
@@ -162,13 +156,18 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
     sendHeaders(v, call, masked, x, a.signature, static_cast<uint32_t>(min(a.capacity, 0xffffffffll)));
     return true;
   }
-  const Home home = homeOf(a, call, buffer, out.t, out.expert, out.unit == 0);
+  const Home home = homeOf(a, buffer, out.t, out.expert);
   const unsigned leaders = leadersOf(home, masked);
   if (!claim.mine()) return false;
   const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
   bool looksEmpty = false;
   if (out.unit == 0) {
     const int k = v.layout.topK;
+    if (__builtin_expect(!a.keep && out.expert != -1 && home.position < 0, 0)) {
+      const bool inRange = out.expert >= 0 && out.expert < v.comm.nExperts;
+      reportIndex(a, call, inRange ? kOutcomeIndexRepeated : kOutcomeIndexRange, out.t, lane, out.expert);
+    }
+    __syncwarp();
     if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
     const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
     const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);

@@ -333,10 +333,12 @@ __global__ void __launch_bounds__(kThreads<kCast>, 1) pushKernel(const __grid_co
 
 } // namespace
 
-cudaError_t preparePush() {
+cudaError_t preparePush(bool* overlaps) {
   cudaFuncAttributes attributes;
-  const cudaError_t result = cudaFuncGetAttributes(&attributes, pushKernel<true>);
-  return result != cudaSuccess ? result : cudaFuncGetAttributes(&attributes, pushKernel<false>);
+  cudaError_t result = cudaFuncGetAttributes(&attributes, pushKernel<true>);
+  if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, pushKernel<false>);
+  if (result == cudaSuccess) *overlaps = attributes.ptxVersion >= 90;
+  return result;
 }
 
 cudaError_t launchPush(const PushArgs& args, int numSms, cudaStream_t stream, bool overlap) {
