@@ -1,10 +1,12 @@
-// Latency mode beside other work: both modes on one communicator, two routings on two streams, memory.
+// Latency mode beside other work: both modes on one communicator, two routings on two streams, the order of the
+// caller's streams, memory.
 #include <gtest/gtest.h>
 
 #include <chrono>
 #include <thread>
 
 #include "gpu/latency_case.h"
+#include "gpu/occupy.h"
 
 namespace moe::test {
 namespace {
@@ -111,6 +113,88 @@ TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
     return "";
   });
   ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
+
+// Either half runs in the order of the stream that it is given: the first behind what writes its input, the second
+// behind what still reads its output, and what comes after the second finds the output there.
+TEST(GpuLatencyMode, HalvesFollowTheCallersStreams) {
+  NEED_GPUS(1);
+  // A second half that did not wait would write when the input is there, long before the output is read.
+  constexpr int kWriteMs = 20, kReadMs = 80;
+  constexpr size_t kBytes = size_t{4} << 20; // the largest tensor has less
+  const uint64_t seed = testSeed();
+  for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeThroughput}) {
+    DecodeRun run;
+    run.mode = mode;
+    const std::string wrong =
+      runDecode(DecodeShape().world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+        Stream first, second;
+        char *staged = nullptr, *seen = nullptr;
+        RANK_CUDA(cudaMalloc(&staged, kBytes));
+        RANK_CUDA(cudaMalloc(&seen, kBytes));
+        RANK_CUDA(copyLate(seen, staged, 0, 0, first));
+        // x: what is at input once that has been written.  unwritten: what is at output until the call writes there.
+        const auto inHalves = [&](const std::vector<uint8_t>& x, const void* input,
+                                  const std::vector<uint8_t>& unwritten, const void* output, ncclMoeRouting_t routing,
+                                  const std::function<ncclResult_t()>& firstHalf) -> std::string {
+          RANK_CHECK(x.size() <= kBytes && unwritten.size() <= kBytes);
+          const std::vector<uint8_t> spoilt(x.size(), 0xff);
+          void* at = const_cast<void*>(input);
+          if (!x.empty()) {
+            RANK_CUDA(cudaMemcpyAsync(staged, x.data(), x.size(), cudaMemcpyHostToDevice, rank.stream()));
+            RANK_CUDA(cudaMemcpyAsync(at, spoilt.data(), x.size(), cudaMemcpyHostToDevice, rank.stream()));
+            RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+          }
+          RANK_CUDA(copyLate(at, staged, x.size(), kWriteMs, first));
+          RANK_OK(firstHalf(), rank.comm());
+          // Throughput mode's first half does the whole transfer, so nobody may read the output meanwhile.
+          const bool reads = mode == ncclMoeModeLatency && !unwritten.empty();
+          if (reads) RANK_CUDA(copyLate(seen, output, unwritten.size(), kReadMs, second));
+          RANK_OK(ncclMoeComplete(routing, rank.comm(), second), rank.comm());
+          RANK_CUDA(cudaStreamSynchronize(second));
+          RANK_TRY(rank.download()); // the first stream has not been waited for
+          RANK_TRY(asyncIs(rank, ncclSuccess));
+          if (!reads) return "";
+          std::vector<uint8_t> got(unwritten.size());
+          RANK_CUDA(cudaMemcpyAsync(got.data(), seen, got.size(), cudaMemcpyDeviceToHost, rank.stream()));
+          RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+          RANK_CHECK(got == unwritten,
+                     "the output was written while the caller's kernel before ncclMoeComplete read it");
+          return "";
+        };
+        for (const ncclMoeLayout_t layout :
+             {ncclMoeLayoutRankMajor, ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded}) {
+          DecodeShape shape;
+          shape.layout = layout;
+          ncclMoeRouting_t routing = nullptr;
+          const ncclMoeRoutingConfig_t config = shape.routing();
+          RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+          const DecodeCase e = makeDecode(seed + static_cast<uint64_t>(layout), shape);
+          DispatchStyle style;
+          style.flags = NCCL_MOE_SEND_ONLY;
+          CallPair calls(rank, e, style);
+          RANK_TRY(calls.upload(rank, mode == ncclMoeModeThroughput)); // peers write to the output themselves
+          RANK_TRY(meetAll(rank, meeting, run.nRanks));
+          const size_t self = static_cast<size_t>(rank.rank());
+          const ncclMoeDispatchArgs_t& dispatch = calls.dispatch.args();
+          RANK_TRY(inHalves(e.reference->problem().sources[self].x, dispatch.x, calls.dispatch.image().x,
+                            dispatch.recvX, routing,
+                            [&] { return ncclMoeDispatch(&dispatch, routing, rank.comm(), first); }));
+          RANK_TRY(calls.dispatch.verify());
+          const ncclMoeCombineArgs_t& combine = calls.combine.args();
+          RANK_TRY(inHalves(e.combine.x[self], combine.x, calls.combine.image().out, combine.out, routing,
+                            [&] { return ncclMoeCombine(&combine, routing, rank.comm(), first); }));
+          RANK_TRY(calls.combine.verify());
+          rank.forget();
+          RANK_OK(ncclMoeRoutingDestroy(routing, rank.comm()), rank.comm());
+        }
+        RANK_TRY(meetAll(rank, meeting, run.nRanks)); // cudaFree waits for kernels of all ranks of the GPU
+        RANK_CUDA(cudaFree(staged));
+        RANK_CUDA(cudaFree(seen));
+        return "";
+      });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", mode " << static_cast<int>(mode);
+  }
 }
 
 // What AUTO takes is what the mode that it chooses takes, and all is given back.

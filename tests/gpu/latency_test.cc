@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <numeric>
 #include <thread>
 
 #include "gpu/latency_case.h"
@@ -65,19 +64,33 @@ class InPhases {
   int next_ = kSendDispatch;
 };
 
-// Routings in flight on one communicator, their halves in the same random order on every rank, on streams that differ.
+// Two routings in flight on one communicator, their halves in every order that there is, the same on every rank, on
+// streams that differ.  With two ranks the halves of a third routing come anywhere in between.
 TEST(GpuLatencyMode, PhasesInEveryOrder) {
   NEED_GPUS(1);
-  constexpr int kRounds = 8, kStreams = 3;
+  constexpr int kStreams = 3, kDraws = 5, kTurns = 2 * InPhases::kHalves;
   const uint64_t seed = testSeed();
+  std::vector<std::vector<int>> orders; // whose turn it is
+  for (unsigned turns = 0; turns < 1u << kTurns; turns++) {
+    std::vector<int> order;
+    for (int i = 0; i < kTurns; i++) order.push_back(static_cast<int>(turns >> i & 1));
+    if (std::count(order.begin(), order.end(), 1) == InPhases::kHalves) orders.push_back(order);
+  }
+  ASSERT_EQ(orders.size(), 70u); // 8 over 4
   for (const int nRanks : {2, 3}) {
     const int nRoutings = nRanks == 2 ? 3 : 2;
     std::vector<DecodeShape> shapes;
+    std::vector<std::vector<DecodeCase>> draws(kDraws); // one case for each routing
     for (int i = 0; i < nRoutings; i++) {
-      shapes.push_back(randomShape(seed + static_cast<uint64_t>(i), nRanks));
-      shapes.back().layout = static_cast<ncclMoeLayout_t>(i);
-      shapes.back().alignment = i == ncclMoeLayoutExpertMajor ? 4 : 1;
-      if (i == ncclMoeLayoutRankMajor) shapes.back().exact = shapes.back().weighted = false;
+      DecodeShape shape = randomShape(seed + static_cast<uint64_t>(i), nRanks);
+      shape.nTokens = 8;
+      shape.layout = static_cast<ncclMoeLayout_t>((i + nRanks - 2) % 3);
+      shape.alignment = shape.layout == ncclMoeLayoutExpertMajor ? 4 : 1;
+      if (shape.layout == ncclMoeLayoutRankMajor) shape.exact = shape.weighted = false;
+      shapes.push_back(shape);
+      for (size_t draw = 0; draw < kDraws; draw++) {
+        draws[draw].push_back(makeDecode(seed + 1000 * draw + static_cast<uint64_t>(i), shape));
+      }
     }
     DecodeShape most;
     most.nRanks = nRanks;
@@ -89,25 +102,16 @@ TEST(GpuLatencyMode, PhasesInEveryOrder) {
       std::vector<InPhases> routings(static_cast<size_t>(nRoutings));
       std::array<Stream, kStreams> streams;
       for (int i = 0; i < nRoutings; i++) RANK_TRY(routings[i].make(rank, shapes[i]));
-      Random order(seed + 77), mine(seed + 78 + static_cast<uint64_t>(rank.rank()));
-      for (int round = 0; round < kRounds; round++) {
-        std::vector<DecodeCase> cases;
-        cases.reserve(static_cast<size_t>(nRoutings)); // the calls refer to them
-        for (int i = 0; i < nRoutings; i++) {
-          cases.push_back(makeDecode(seed + 1000 * static_cast<uint64_t>(round) + static_cast<uint64_t>(i), shapes[i]));
-          RANK_TRY(routings[i].begin(rank, cases.back()));
+      Random third(seed + 77), mine(seed + 78 + static_cast<uint64_t>(rank.rank()));
+      for (size_t round = 0; round < orders.size(); round++) {
+        const std::vector<DecodeCase>& cases = draws[round % kDraws];
+        for (int i = 0; i < nRoutings; i++) RANK_TRY(routings[i].begin(rank, cases[static_cast<size_t>(i)]));
+        std::vector<int> order = orders[round];
+        for (int half = 0; nRoutings == 3 && half < InPhases::kHalves; half++) {
+          order.insert(order.begin() + pick(third, 0, static_cast<int>(order.size())), 2);
         }
-        // All sent before any is completed, then all completed; or whatever comes.
-        std::vector<int> plan;
-        for (int half = 0; half < InPhases::kHalves; half++) {
-          std::vector<int> all(static_cast<size_t>(nRoutings));
-          std::iota(all.begin(), all.end(), 0);
-          std::shuffle(all.begin(), all.end(), order);
-          plan.insert(plan.end(), all.begin(), all.end());
-        }
-        if (round % 2 == 1) std::shuffle(plan.begin(), plan.end(), order);
         const bool oneStream = round % 4 == 0;
-        for (const int i : plan) {
+        for (const int i : order) {
           RANK_TRY(routings[i].advance(rank, oneStream ? streams[0] : streams[pick(mine, 0, kStreams - 1)]));
         }
         for (const Stream& stream : streams) RANK_CUDA(cudaStreamSynchronize(stream));
@@ -116,8 +120,10 @@ TEST(GpuLatencyMode, PhasesInEveryOrder) {
         for (int i = 0; i < nRoutings; i++) {
           const std::string bad = routings[i].verify();
           if (!bad.empty()) {
-            return format("round %d, routing %d, %s, %s: ", round, i, describe(cases[i].reference->problem()).c_str(),
-                          describe(cases[i].combine).c_str()) +
+            std::string turns;
+            for (const int turn : order) turns += std::to_string(turn);
+            return format("order %s, routing %d, %s, %s: ", turns.c_str(), i,
+                          describe(cases[i].reference->problem()).c_str(), describe(cases[i].combine).c_str()) +
                    bad;
           }
         }
@@ -189,47 +195,67 @@ TEST(GpuLatencyMode, OneSmIsEnough) {
   NEED_GPUS(2);
   constexpr int kCalls = 3, kOccupiedMs = 800;
   const uint64_t seed = testSeed();
-  DecodeShape shape;
-  shape.nTokens = 100;
-  shape.hidden = 1024;
-  shape.topK = 2;
+  std::vector<DecodeShape> shapes;
+  for (const ncclMoeLayout_t layout : {ncclMoeLayoutRankMajor, ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded}) {
+    for (const bool cast : {false, true}) {
+      DecodeShape shape;
+      shape.nTokens = 100;
+      shape.hidden = 1024;
+      shape.topK = 2;
+      shape.layout = layout;
+      shape.quant = cast ? ncclMoeQuantFp8 : ncclMoeQuantNone;
+      shape.combineCast = cast;
+      shapes.push_back(shape);
+    }
+  }
   DecodeRun run;
   run.numSms = 0;
-  const std::string wrong = runDecode(shape.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
-    ncclMoeRouting_t routing = nullptr;
-    const ncclMoeRoutingConfig_t config = shape.routing();
-    RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
-    std::vector<DecodeCase> cases;
-    std::vector<std::unique_ptr<DispatchCall>> dispatches;
-    std::vector<std::unique_ptr<CombineCall>> combines;
-    for (int i = 0; i < kCalls; i++) cases.push_back(makeDecode(seed + static_cast<uint64_t>(i), shape));
-    for (const DecodeCase& e : cases) {
-      dispatches.push_back(std::make_unique<DispatchCall>(*e.reference, rank.rank(), DispatchStyle()));
-      combines.push_back(std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, 0));
-      RANK_TRY(rank.upload(*dispatches.back(), false));
-      RANK_TRY(rank.upload(*combines.back(), false));
-    }
+  const std::string wrong = runDecode(shapes[0].world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
     Stream other;
     RANK_CUDA(occupySms(0, 0, other));
-    if (rank.rank() == 0) {
-      RANK_CUDA(occupySms(smCount() - 1, kOccupiedMs, other));
-      std::this_thread::sleep_for(std::chrono::milliseconds(50)); // it runs
+    for (const DecodeShape& shape : shapes) {
+      ncclMoeRouting_t routing = nullptr;
+      const ncclMoeRoutingConfig_t config = shape.routing();
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+      std::vector<DecodeCase> cases;
+      std::vector<std::unique_ptr<DispatchCall>> dispatches;
+      std::vector<std::unique_ptr<CombineCall>> combines;
+      for (int i = 0; i < kCalls; i++) cases.push_back(makeDecode(seed + static_cast<uint64_t>(i), shape));
+      for (const DecodeCase& e : cases) {
+        dispatches.push_back(std::make_unique<DispatchCall>(*e.reference, rank.rank(), DispatchStyle()));
+        combines.push_back(std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, 0));
+        RANK_TRY(rank.upload(*dispatches.back(), false));
+        RANK_TRY(rank.upload(*combines.back(), false));
+      }
+      const std::string where =
+        format("layout %d, quant %d", static_cast<int>(shape.layout), static_cast<int>(shape.quant));
+      RANK_TRY(meetAll(rank, meeting, 2));
+      if (rank.rank() == 0) {
+        RANK_CUDA(occupySms(smCount() - 1, kOccupiedMs, other));
+        std::this_thread::sleep_for(std::chrono::milliseconds(50)); // it runs
+      }
+      RANK_TRY(meetAll(rank, meeting, 2));
+      for (int i = 0; i < kCalls; i++) {
+        RANK_OK(ncclMoeDispatch(&dispatches[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
+        RANK_OK(ncclMoeCombine(&combines[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
+      }
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      if (rank.rank() == 0) {
+        RANK_CHECK(cudaStreamQuery(other) == cudaErrorNotReady, "in %s it took until the SMs were free, after %d ms",
+                   where.c_str(), kOccupiedMs);
+        (void)cudaGetLastError();
+        RANK_CUDA(cudaStreamSynchronize(other));
+      }
+      RANK_TRY(rank.download());
+      std::string bad;
+      for (int i = 0; i < kCalls && bad.empty(); i++) {
+        bad = dispatches[i]->verify();
+        if (bad.empty()) bad = combines[i]->verify();
+      }
+      if (!bad.empty()) return bad + " in " + where;
+      rank.forget();
+      RANK_OK(ncclMoeRoutingDestroy(routing, rank.comm()), rank.comm());
     }
-    RANK_TRY(meetAll(rank, meeting, 2));
-    for (int i = 0; i < kCalls; i++) {
-      RANK_OK(ncclMoeDispatch(&dispatches[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
-      RANK_OK(ncclMoeCombine(&combines[i]->args(), routing, rank.comm(), rank.stream()), rank.comm());
-    }
-    RANK_TRY(asyncIs(rank, ncclSuccess));
-    if (rank.rank() == 0) {
-      RANK_CHECK(cudaStreamQuery(other) == cudaErrorNotReady, "it took until the SMs were free, after %d ms",
-                 kOccupiedMs);
-      (void)cudaGetLastError();
-      RANK_CUDA(cudaStreamSynchronize(other));
-    }
-    RANK_TRY(rank.download());
-    for (const auto& call : dispatches) RANK_TRY(call->verify());
-    for (const auto& call : combines) RANK_TRY(call->verify());
     return "";
   });
   ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;

@@ -65,8 +65,8 @@ ExchangeCase exchangeOf(uint64_t seed, const DecodeShape& shape) {
   return e;
 }
 
-// The case as it is without rank kLost: none of its tokens, and none of the selections of its experts.
-ExchangeCase without(const ExchangeCase& whole, uint64_t seed) {
+// The case as it is without a rank: none of its tokens, and none of the selections of its experts.
+ExchangeCase without(const ExchangeCase& whole, uint64_t seed, int lost = kLost) {
   ExchangeCase rest;
   rest.world = whole.world;
   rest.routing = whole.routing;
@@ -74,10 +74,10 @@ ExchangeCase without(const ExchangeCase& whole, uint64_t seed) {
   for (int r = 0; r < kRanks; r++) {
     Source& source = p.sources[static_cast<size_t>(r)];
     for (int64_t& expert : source.topkIdx) {
-      if (expert >= 0 && whole.world.expertToRank[static_cast<size_t>(expert)] == kLost) expert = -1;
+      if (expert >= 0 && whole.world.expertToRank[static_cast<size_t>(expert)] == lost) expert = -1;
     }
   }
-  p.sources[kLost] = Source();
+  p.sources[static_cast<size_t>(lost)] = Source();
   rest.reference = std::make_unique<Reference>(p);
   rest.combine = whole.combine;
   Random random(seed);
@@ -86,10 +86,10 @@ ExchangeCase without(const ExchangeCase& whole, uint64_t seed) {
 }
 
 // Selections of this rank's tokens whose experts are on the lost rank.
-uint64_t selectionsOfLost(const ExchangeCase& whole, int rank) {
+uint64_t selectionsOfLost(const ExchangeCase& whole, int rank, int lost) {
   uint64_t n = 0;
   for (int t = 0; t < whole.reference->problem().sources[static_cast<size_t>(rank)].nTokens; t++) {
-    for (int k = 0; k < whole.routing.topK; k++) n += whole.reference->rankOf(rank, t, k) == kLost ? 1 : 0;
+    for (int k = 0; k < whole.routing.topK; k++) n += whole.reference->rankOf(rank, t, k) == lost ? 1 : 0;
   }
   return n;
 }
@@ -116,14 +116,14 @@ std::string exchange(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase
   return "";
 }
 
-// Calls that wait for the lost rank, one behind the other.  The first of rank 0, if that has tokens, names an expert
-// that there is not.
-std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e) {
+// Calls that wait for the lost rank, one behind the other.  The first of one of the others, if that has tokens, names
+// an expert that there is not.
+std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const ExchangeCase& e, int lost) {
   DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
   CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
   RANK_TRY(rank.upload(dispatch, false));
   RANK_TRY(rank.upload(combine, false));
-  if (rank.rank() == 0 && dispatch.args().nTokens > 0) {
+  if (rank.rank() == (lost == 0 ? 1 : 0) && dispatch.args().nTokens > 0) {
     const int64_t bad = 1 << 30;
     RANK_CUDA(cudaMemcpyAsync(const_cast<void*>(dispatch.args().topkIdx), &bad, sizeof(bad), cudaMemcpyHostToDevice,
                               rank.stream()));
@@ -135,7 +135,7 @@ std::string lostRankIsNamed(GpuRank& rank, ncclMoeRouting_t routing, const Excha
   RANK_CUDA(cudaStreamSynchronize(rank.stream()));
   RANK_TRY(rank.download());
   RANK_TRY(combine.verifyUntouched());
-  RANK_TRY(asyncIs(rank, ncclRemoteError, "rank 2"));
+  RANK_TRY(asyncIs(rank, ncclRemoteError, format("from rank %d", lost)));
   rank.forget();
   return "";
 }
@@ -148,14 +148,11 @@ ncclMoeConfig_t latencyConfig(const ExchangeCase& e) {
   return config;
 }
 
-class GpuMaskShapes : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, With>> {};
-
-TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
-  NEED_GPUS(1);
+// The ranks but one go on without it, after they have missed it in one of the shapes, and then with it again.
+void othersGoOnWithout(int lost, ncclMoeLayout_t layout, With with) {
   const uint64_t seed = testSeed();
   const int nDevices = gpuCount();
-  const auto [layout, with] = GetParam();
-  const ExchangeCase whole = exchangeOf(seed, shapeOf(layout, with)), rest = without(whole, seed + 1);
+  const ExchangeCase whole = exchangeOf(seed, shapeOf(layout, with)), rest = without(whole, seed + 1, lost);
   // To wait until a rank is missed costs kTimeoutMs: once is enough.
   const bool missed = layout == ncclMoeLayoutExpertMajor && with == With::gradients;
   const bool exactAllowed = layout != ncclMoeLayoutRankMajor && !whole.combine.cast;
@@ -167,19 +164,25 @@ TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
       ncclMoeRouting_t routing = nullptr;
       RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &whole.routing), rank.comm());
       for (int i = 0; i < 3; i++) RANK_TRY(exchange(rank, routing, whole, nullptr));
-      const int without2[kRanks] = {0, 0, 1}, all[kRanks] = {0, 0, 0}, self[kRanks] = {r == 0, r == 1, r == 2};
-      const int odd[kRanks] = {0, 0, -1};
+      const int all[kRanks] = {}, self[kRanks] = {r == 0, r == 1, r == 2};
+      int withoutLost[kRanks] = {}, odd[kRanks] = {};
+      withoutLost[lost] = 1;
+      odd[lost] = -1;
       RANK_TRY(expectResult("mask of NULL", ncclMoeCommMaskRanks(rank.comm(), nullptr, 1), ncclInvalidArgument,
                             rank.comm(), "masked"));
       RANK_TRY(expectResult("mask of itself", ncclMoeCommMaskRanks(rank.comm(), self, 1), ncclInvalidArgument,
                             rank.comm(), "own"));
-      if (r != kLost) {
+      if (r != lost) {
         RANK_TRY(expectResult("mask of -1", ncclMoeCommMaskRanks(rank.comm(), odd, 1), ncclInvalidArgument, rank.comm(),
-                              "masked[2]"));
-        if (missed) RANK_TRY(lostRankIsNamed(rank, routing, whole));
-        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, 1), rank.comm());
-        RANK_TRY(expectResult("an old generation", ncclMoeCommMaskRanks(rank.comm(), without2, 1), ncclInvalidArgument,
-                              rank.comm(), "generation"));
+                              format("masked[%d]", lost)));
+        if (missed) RANK_TRY(lostRankIsNamed(rank, routing, whole, lost));
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), withoutLost, 1), rank.comm());
+        std::vector<uint64_t> waitedNs(kRanks);
+        ncclMoeCommStats_t waited = NCCL_MOE_COMM_STATS_INITIALIZER;
+        waited.waitNs = waitedNs.data();
+        RANK_OK(ncclMoeCommGetStats(rank.comm(), &waited), rank.comm());
+        RANK_TRY(expectResult("an old generation", ncclMoeCommMaskRanks(rank.comm(), withoutLost, 1),
+                              ncclInvalidArgument, rank.comm(), "generation"));
         ncclMoeRouting_t another = nullptr;
         RANK_TRY(expectResult("a routing while masked", ncclMoeRoutingCreate(&another, rank.comm(), &whole.routing),
                               ncclInvalidUsage, rank.comm(), "masked"));
@@ -203,7 +206,7 @@ TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
                               rank.comm(), "ncclMoeComplete"));
         RANK_CUDA(cudaStreamSynchronize(rank.stream()));
         rank.forget();
-        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, 2), rank.comm());
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), withoutLost, 2), rank.comm());
         RANK_TRY(exchange(rank, routing, rest, &ids));
         if (exactAllowed) {
           CombineCall exact(*rest.reference, rest.combine, r, false, NCCL_MOE_EXACT);
@@ -218,13 +221,19 @@ TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
         stats.waitNs = waitNs.data();
         stats.expertTokens = expertTokens.data();
         RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
-        const uint64_t lost = 4 * selectionsOfLost(whole, r);
-        RANK_CHECK(stats.leftOut == lost, "left out %llu selections instead of %llu", (unsigned long long)stats.leftOut,
-                   (unsigned long long)lost);
+        const uint64_t leftOut = 4 * selectionsOfLost(whole, r, lost);
+        RANK_CHECK(stats.leftOut == leftOut, "left out %llu selections instead of %llu",
+                   (unsigned long long)stats.leftOut, (unsigned long long)leftOut);
+        // The wait that is counted is one of several that end together, when the first of them has lasted that long.
+        constexpr uint64_t kMissedNs = uint64_t{kTimeoutMs} * 1000000 / 10 * 9;
+        RANK_CHECK(!missed || waitedNs[lost] >= kMissedNs, "waited %llu ns for the rank that was missed",
+                   (unsigned long long)waitedNs[lost]);
+        RANK_CHECK(waitNs[lost] == waitedNs[lost], "waited %llu ns for the masked rank",
+                   (unsigned long long)(waitNs[lost] - waitedNs[lost]));
         for (size_t l = 0; l < expertTokens.size(); l++) {
           const uint64_t want = 3 * static_cast<uint64_t>(whole.reference->delivery(r).expertCounts[l]) +
                                 4 * static_cast<uint64_t>(rest.reference->delivery(r).expertCounts[l]);
-          RANK_CHECK(expertTokens[l] == want, "expert %zu had %llu rows instead of %llu", l,
+          RANK_CHECK(expertTokens[l] == want, "expert %zu had %llu tokens instead of %llu", l,
                      (unsigned long long)expertTokens[l], (unsigned long long)want);
         }
       }
@@ -236,6 +245,14 @@ TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
   EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << describe(whole.reference->problem()) << ", "
                        << describe(whole.combine);
 }
+
+class GpuMaskShapes : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, With>> {};
+
+TEST_P(GpuMaskShapes, OthersGoOnWithoutARankAndThenWithIt) {
+  NEED_GPUS(1);
+  const auto [layout, with] = GetParam();
+  othersGoOnWithout(kLost, layout, with);
+}
 INSTANTIATE_TEST_SUITE_P(
   Shapes, GpuMaskShapes,
   testing::Combine(testing::Values(ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded, ncclMoeLayoutRankMajor),
@@ -244,6 +261,83 @@ INSTANTIATE_TEST_SUITE_P(
     const std::string layout = kLayoutNames[std::get<0>(info.param)];
     return layout + kWithNames[static_cast<int>(std::get<1>(info.param))];
   });
+
+TEST(GpuMask, OthersGoOnWithoutRankZeroAndThenWithIt) {
+  NEED_GPUS(1);
+  othersGoOnWithout(0, ncclMoeLayoutExpertMajor, With::gradients);
+}
+
+// What needs every rank is refused while one is masked, and works when all are in again; and there are calls after which
+// ranks cannot be masked.
+TEST(GpuMask, WhatDoesNotGoWithMasksIsRefused) {
+  NEED_GPUS(1);
+  const uint64_t seed = testSeed();
+  const int nDevices = gpuCount();
+  const DecodeShape decode = shapeOf(ncclMoeLayoutExpertMajor, With::gradients);
+  DecodeShape prefill = decode, exactDecode = decode;
+  prefill.nTokens = 600; // more than latency mode serves
+  prefill.hidden = 128;
+  prefill.exact = exactDecode.exact = true;
+  const ExchangeCase large = exchangeOf(seed, prefill), small = exchangeOf(seed + 1, decode),
+                     rest = without(small, seed + 2), exact = exchangeOf(seed + 3, exactDecode);
+  const std::string wrong =
+    runGpu(kRanks, RanksAs::processes, kTimeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {
+      ncclMoeConfig_t config = latencyConfig(large);
+      config.mode = ncclMoeModeAuto;
+      config.timeoutMs = 10000; // nobody is missed
+      const int without2[kRanks] = {0, 0, 1}, all[kRanks] = {0, 0, 0};
+      {
+        GpuRank rank(r, kRanks, r % nDevices);
+        RANK_TRY(rank.init(config, meeting, kArenaBytes));
+        ncclMoeRouting_t throughput = nullptr, latency = nullptr;
+        RANK_OK(ncclMoeRoutingCreate(&throughput, rank.comm(), &large.routing), rank.comm());
+        RANK_OK(ncclMoeRoutingCreate(&latency, rank.comm(), &small.routing), rank.comm());
+        RANK_TRY(exchange(rank, throughput, large, nullptr)); // EXACT, which matters in latency mode alone
+        RANK_TRY(exchange(rank, latency, small, nullptr));
+        if (r != kLost) {
+          RANK_OK(ncclMoeCommMaskRanks(rank.comm(), without2, 1), rank.comm());
+          DispatchStyle keep;
+          keep.flags = NCCL_MOE_KEEP_ROUTING;
+          DispatchCall kept(*small.reference, r, keep);
+          RANK_TRY(rank.upload(kept, false));
+          RANK_TRY(expectResult("KEEP_ROUTING of what was given up",
+                                ncclMoeDispatch(&kept.args(), latency, rank.comm(), rank.stream()), ncclInvalidUsage,
+                                rank.comm(), "NCCL_MOE_KEEP_ROUTING,no dispatch"));
+          CallPair calls(rank, large);
+          RANK_TRY(calls.upload(rank, false));
+          RANK_TRY(expectResult("a throughput dispatch while masked",
+                                ncclMoeDispatch(&calls.dispatch.args(), throughput, rank.comm(), rank.stream()),
+                                ncclInvalidUsage, rank.comm(), "masked"));
+          RANK_TRY(expectResult("a throughput combine while masked",
+                                ncclMoeCombine(&calls.combine.args(), throughput, rank.comm(), rank.stream()),
+                                ncclInvalidUsage, rank.comm(), "no dispatch"));
+          rank.forget();
+          void* memory = nullptr;
+          RANK_TRY(expectResult("memory while masked", ncclMoeMemAlloc(&memory, 4096, rank.comm()), ncclInvalidUsage,
+                                rank.comm(), "masked"));
+          const std::vector<int64_t>& ids = small.reference->problem().sources[static_cast<size_t>(r)].topkIdx;
+          RANK_TRY(exchange(rank, latency, rest, &ids));
+        }
+        RANK_TRY(meetAll(rank, *meeting, kRanks));
+        RANK_OK(ncclMoeCommMaskRanks(rank.comm(), all, 2), rank.comm());
+        void* memory = nullptr;
+        RANK_OK(ncclMoeMemAlloc(&memory, 4096, rank.comm()), rank.comm());
+        RANK_TRY(exchange(rank, throughput, large, nullptr));
+        RANK_TRY(exchange(rank, latency, exact, nullptr));
+        RANK_TRY(expectResult("masks after EXACT", ncclMoeCommMaskRanks(rank.comm(), all, 3), ncclInvalidUsage,
+                              rank.comm(), "NCCL_MOE_EXACT"));
+        RANK_TRY(exchange(rank, latency, small, nullptr));
+        RANK_TRY(rank.destroy());
+      }
+      GpuRank rank(r, kRanks, r % nDevices);
+      RANK_TRY(rank.init(config, meeting, 0));
+      RANK_OK(ncclMoeCommAbort(rank.comm()), rank.comm());
+      RANK_TRY(expectResult("masks after an abort", ncclMoeCommMaskRanks(rank.comm(), all, 1), ncclRemoteError,
+                            rank.comm(), "aborted"));
+      return rank.destroy();
+    });
+  EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
+}
 
 // A rank that is killed between two calls: the others' next call names it, and they go on without it to the end.
 TEST(GpuMask, OthersGoOnWithoutADeadRank) {

@@ -13,6 +13,7 @@ struct Round {
   std::unique_ptr<Reference> reference;
   std::vector<DispatchStyle> styles;
   std::vector<CombineProblem> combines;
+  unsigned int combineFlags = 0;
   bool reachable = false;
   bool keep = false;
 };
@@ -41,16 +42,20 @@ std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeMode_
       }
     }
     restrict(&problem);
+    // Flags are the same on every rank; the rest of a style is each rank's own.
+    const unsigned int flags =
+      (round.keep ? NCCL_MOE_KEEP_ROUTING : 0u) | (chance(random, 0.3) ? NCCL_MOE_SEND_ONLY : 0u);
     for (int r = 0; r < world.nRanks; r++) {
       DispatchStyle style = randomStyle(random);
       if (round.keep) style.tokensDev = rounds.back().styles[r].tokensDev;
       if (style.tokensDev) style.emptyNull = false;
-      style.flags = (round.keep ? NCCL_MOE_KEEP_ROUTING : 0u) | (chance(random, 0.2) ? NCCL_MOE_SEND_ONLY : 0u);
+      style.flags = flags;
       round.styles.push_back(style);
     }
     round.reachable = chance(random, 0.5);
     round.reference = std::make_unique<Reference>(problem);
     round.combines.push_back(randomCombine(random, world, *round.reference));
+    round.combineFlags = chance(random, 0.3) ? NCCL_MOE_SEND_ONLY : 0u;
     CombineProblem& combine = round.combines.back();
     combine.cast = mode == ncclMoeModeLatency && combine.type == ncclBfloat16 && combine.hidden % 16 == 0 &&
                    !combine.exact && chance(random, 0.5);
@@ -96,15 +101,17 @@ std::string runRounds(GpuRank& rank, const World& world, const std::vector<Round
     if (!wrong.empty()) return wrong + (round.reachable ? " (reachable) in " : " in ") + where;
     rank.forget();
     for (const CombineProblem& problem : round.combines) {
-      CombineCall combine(*round.reference, problem, rank.rank(), style.emptyNull, 0);
+      CombineCall combine(*round.reference, problem, rank.rank(), style.emptyNull, round.combineFlags);
       RANK_TRY(rank.upload(combine, false));
       RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), rank.stream()), rank.comm());
+      if (round.combineFlags != 0) RANK_OK(ncclMoeComplete(routing, rank.comm(), rank.stream()), rank.comm());
       RANK_CUDA(cudaStreamSynchronize(rank.stream()));
       RANK_OK(ncclMoeCommGetAsyncError(rank.comm(), &async), rank.comm());
       RANK_CHECK(async == ncclSuccess, "combine: %s", ncclMoeGetLastError(rank.comm()));
       RANK_TRY(rank.download());
       wrong = combine.verify();
-      if (!wrong.empty()) return wrong + " in " + describe(problem) + " after " + where;
+      const char* halves = round.combineFlags != 0 ? " in halves" : "";
+      if (!wrong.empty()) return wrong + " in " + describe(problem) + halves + " after " + where;
       rank.forget();
     }
   }

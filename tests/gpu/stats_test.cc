@@ -97,8 +97,8 @@ ExchangeCase inLayout(uint64_t seed, ncclMoeLayout_t layout) {
   return e;
 }
 
-// Rows are counted once for each dispatch that goes ahead, also with a kept routing, and not for one that is refused.
-void countRows(ncclMoeMode_t mode) {
+// Tokens are counted once for each dispatch that goes ahead, also with a kept routing, and not for one that is refused.
+void countTokens(ncclMoeMode_t mode) {
   const uint64_t seed = testSeed();
   const int nDevices = gpuCount();
   const std::string wrong =
@@ -131,7 +131,7 @@ void countRows(ncclMoeMode_t mode) {
           }
           RANK_OK(ncclMoeCommGetStats(rank.comm(), &stats), rank.comm());
           for (size_t l = 0; l < want.size(); l++) {
-            RANK_CHECK(got[l] == want[l], "layout %d: expert %zu had %llu rows instead of %llu", layout, l,
+            RANK_CHECK(got[l] == want[l], "layout %d: expert %zu had %llu tokens instead of %llu", layout, l,
                        (unsigned long long)got[l], (unsigned long long)want[l]);
           }
           return "";
@@ -147,13 +147,13 @@ void countRows(ncclMoeMode_t mode) {
   EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-TEST(GpuStats, RowsAreCountedInThroughputMode) {
+TEST(GpuStats, TokensAreCountedInThroughputMode) {
   NEED_GPUS(1);
-  countRows(ncclMoeModeThroughput);
+  countTokens(ncclMoeModeThroughput);
 }
-TEST(GpuStats, RowsAreCountedInLatencyMode) {
+TEST(GpuStats, TokensAreCountedInLatencyMode) {
   NEED_GPUS(1);
-  countRows(ncclMoeModeLatency);
+  countTokens(ncclMoeModeLatency);
 }
 
 } // namespace
