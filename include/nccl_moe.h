@@ -209,7 +209,8 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs captured before may be launched again.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or has
  * combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'),
- * ncclRemoteError (a rank that is left in did not come; may be called again), ncclUnhandledCudaError. */
+ * ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),
+ * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 
@@ -442,8 +443,9 @@ ncclResult_t ncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t r
 ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
                              cudaStream_t stream);
 
-/* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Between the two
- * halves nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
+/* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode stores
+ * them in this half, throughput mode may in the first one: nothing may use them from that on.  Between the two halves
+ * nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
  * every rank; stream-ordered, on any stream; may be captured together with its first half. Errors: ncclInvalidArgument,
  * ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);

@@ -169,7 +169,6 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
     MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));
     return followed(stream);
   }
-  MOECHECK(nobodyMasked("ncclMoeCombine"));
   if (args.quant != ncclMoeQuantNone) {
     return fail(ncclInvalidUsage, "ncclMoeCombine: args.quant is for latency mode, which does not serve this routing");
   }

@@ -83,7 +83,7 @@ struct CommShared {
   unsigned long long leftOut;                 // selections that combine left out, for their ranks were masked
   unsigned long long waitNs[kMaxDeviceRanks]; // spent waiting for the rank to begin a call that this one has begun
 
-  // [L], behind the struct: rows that came for each local expert
+  // [L], behind the struct: tokens that came for each local expert
   MOE_HD unsigned long long* expertTokens() { return reinterpret_cast<unsigned long long*>(this + 1); }
 };
 

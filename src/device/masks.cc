@@ -29,7 +29,9 @@ ncclResult_t DeviceBackend::maskRanks(const int* masked, uint64_t generation) {
     return fail(ncclInvalidUsage, "%s: the communicator has combined with NCCL_MOE_EXACT in latency mode", function);
   }
   MOECHECK(drain()); // what fails meanwhile counts
-  if (host_->failure.code != kFailTimeout) MOECHECK(usable(function));
+  if (host_->failure.code != kFailTimeout || *static_cast<volatile const int*>(&host_->abortFlag) != 0) {
+    MOECHECK(usable(function));
+  }
   generation_ = generation;
   host_->failure = Failure{};
   CUDACHECK(cudaMemsetAsync(windows_[0]->self() + offsetof(Control, failed), 0, sizeof(Control::failed), own_.get()));
