@@ -28,7 +28,10 @@ const char* const kNames[] = {
   "recvCount", "expertOffsets",  "a row that nobody sent", "a combined row",   "a row beyond the tokens",
   "a scale"};
 
-enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 1024, kSaltRow = 2048 };
+// Selection k takes its salts from kSaltExpert + 64 * k on; rounds and kinds of rows have salts of their own.
+enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 2048, kSaltRow = 4096 };
+constexpr int kSaltsOfRow = 4096, kSaltsOfWeights = 64;
+enum Rows { kRowsSent, kRowsReturned }; // what dispatch is given, what experts make of that
 
 __device__ uint64_t mix(uint64_t h) {
   h ^= h >> 30, h *= 0xbf58476d1ce4e5b9ull;
@@ -40,43 +43,57 @@ __device__ uint64_t draw(const Steps& s, unsigned step, int rank, int t, int sal
              mix((static_cast<uint64_t>(rank) << 40) + (static_cast<uint64_t>(t) << 20) + salt));
 }
 
-// None at all, few, or any number.
+// None at all, as many as there may be, or any number.
 __device__ int tokensOf(const Steps& s, unsigned step, int rank) {
   const uint64_t h = draw(s, step, rank, 0, kSaltTokens);
   const int kind = static_cast<int>(h % 8);
+  if (kind == 1 || step == 1) return s.maxTokens; // also in the shortest of runs, and by all ranks at once
   if (kind == 0) return 0;
-  if (kind == 1) return s.maxTokens;
   return static_cast<int>((h >> 8) % (s.maxTokens + 1));
 }
 
+// Loops over selections are unrolled, so that these stay in registers: the first kernel that needs a stack might have
+// to wait until the device is idle, which another rank's kernel may not let it be.
 struct Selections {
-  int expert[kStepTopK]; // -1: none
+  int expert[kMaxStepTopK]; // -1: none
+  __device__ int at(int wanted) const {
+    int found = -1;
+#pragma unroll
+    for (int k = 0; k < kMaxStepTopK; k++) found = k == wanted ? expert[k] : found;
+    return found;
+  }
 };
 __device__ Selections selectionsOf(const Steps& s, unsigned step, int rank, int t) {
   const bool sparse = draw(s, step, rank, 0, kSaltSparse) % 4 == 0;
-  const int nExperts = s.nRanks * s.nLocal;
   Selections all;
-  for (int k = 0; k < kStepTopK; k++) {
-    for (int attempt = 0;; attempt++) {
+#pragma unroll
+  for (int k = 0; k < kMaxStepTopK; k++) {
+    all.expert[k] = -1;
+#pragma unroll 1
+    for (int attempt = 0; k < s.topK; attempt++) {
       const uint64_t h = draw(s, step, rank, t, kSaltExpert + k * 64 + attempt);
-      all.expert[k] = static_cast<int>(h % nExperts);
+      const int expert = static_cast<int>(h % s.nExperts);
+      if (sparse && (h >> 32) % 2 == 0) break;
       bool fresh = true;
-      for (int j = 0; j < k; j++) fresh = fresh && all.expert[j] != all.expert[k];
-      if (sparse && (h >> 32) % 2 == 0) all.expert[k] = -1;
-      if (fresh || all.expert[k] < 0) break;
+#pragma unroll
+      for (int j = 0; j < k; j++) fresh = fresh && all.expert[j] != expert;
+      if (!fresh) continue;
+      all.expert[k] = expert;
+      break;
     }
   }
   return all;
 }
 
 __device__ uint32_t weightOf(const Steps& s, unsigned step, int rank, int t, int k) {
-  if (draw(s, step, rank, t, kSaltWeight) % 8 == 0) return kEmpty;
-  const uint64_t h = draw(s, step, rank, t, kSaltWeight + 1 + k);
+  const int salt = kSaltWeight + kSaltsOfWeights * s.round;
+  if (draw(s, step, rank, t, salt) % 8 == 0) return kEmpty;
+  const uint64_t h = draw(s, step, rank, t, salt + 1 + k);
   return __float_as_uint(static_cast<float>(h % 65536) / 32768.0f - 1.0f);
 }
 
-__device__ uint4 packetOf(const Steps& s, unsigned step, int rank, int t, int p) {
-  const uint64_t h = draw(s, step, rank, t, kSaltRow + p);
+__device__ uint4 packetOf(const Steps& s, unsigned step, int rank, int t, int p, Rows rows) {
+  const uint64_t h = draw(s, step, rank, t, kSaltRow + kSaltsOfRow * (2 * s.round + rows) + p);
   if (h % 8 == 0) return make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
   const uint64_t other = mix(h);
   const auto numbers = [](uint32_t bits) { // two BF16 of moderate size
@@ -91,6 +108,7 @@ __device__ bool same(const uint4& a, const uint4& b) { return a.x == b.x && a.y 
 __device__ void complain(const Steps& s, What what, int a, int b) {
   if (atomicAdd(&s.fault->count, 1u) != 0) return;
   s.fault->step = static_cast<int>(*s.step);
+  s.fault->round = s.round;
   s.fault->what = what;
   s.fault->a = a;
   s.fault->b = b;
@@ -105,14 +123,17 @@ __device__ float elementOf(const uint4& packet, int i) {
 __device__ uint4 castPacketOf(const Steps& s, unsigned step, int rank, int t, int p, float* scale) {
   float amax = 0x1p-64f;
   for (int q = p / 8 * 16; q < p / 8 * 16 + 16 && q < s.hidden / 8; q++) {
-    const uint4 packet = packetOf(s, step, rank, t, q);
+    const uint4 packet = packetOf(s, step, rank, t, q, kRowsSent);
     for (int e = 0; e < 8; e++) amax = fmaxf(amax, fabsf(elementOf(packet, e)));
   }
   *scale = __fdiv_rn(amax, 448.0f);
   const float factor = __fdiv_rn(448.0f, amax);
   uint32_t words[4] = {};
+  const uint4 halves[] = {packetOf(s, step, rank, t, 2 * p, kRowsSent),
+                          packetOf(s, step, rank, t, 2 * p + 1, kRowsSent)};
+#pragma unroll
   for (int i = 0; i < 16; i++) {
-    const float x = elementOf(packetOf(s, step, rank, t, 2 * p + i / 8), i % 8);
+    const float x = elementOf(halves[i / 8], i % 8);
     const uint32_t q = __nv_cvt_float_to_fp8(__fmul_rn(x, factor), __NV_SATFINITE, __NV_E4M3);
     words[i / 4] |= q << (8 * (i % 4));
   }
@@ -121,72 +142,109 @@ __device__ uint4 castPacketOf(const Steps& s, unsigned step, int rank, int t, in
 
 // By a warp: row `row` of what was received is token t of a rank, as sent; and what the expert makes of it.
 __device__ void checkRow(const Steps& s, unsigned step, long long row, int rank, int t) {
-  const int lane = threadIdx.x & 31, nPackets = s.packetsOfRow();
+  const int lane = threadIdx.x & 31, nPackets = s.packetsOfRow(), nReturned = s.hidden / 8, each = s.cast ? 2 : 1;
   for (int p = lane; p < nPackets; p += 32) {
     float scale = 0.0f;
-    const uint4 want = s.cast ? castPacketOf(s, step, rank, t, p, &scale) : packetOf(s, step, rank, t, p);
+    const uint4 want = s.cast ? castPacketOf(s, step, rank, t, p, &scale) : packetOf(s, step, rank, t, p, kRowsSent);
     if (!same(s.recvX[row * nPackets + p], want)) complain(s, kWhatRow, static_cast<int>(row), p);
-    if (!s.cast) continue;
-    const float got = s.recvScales[row * s.scalesOfRow() + p / 8];
-    if (__float_as_uint(got) != __float_as_uint(scale)) complain(s, kWhatScale, static_cast<int>(row), p / 8);
-    for (int q = 2 * p; q < 2 * p + 2; q++) s.y[row * (s.hidden / 8) + q] = packetOf(s, step, rank, t, q);
+    if (s.cast) {
+      const float got = s.recvScales[row * s.scalesOfRow() + p / 8];
+      if (__float_as_uint(got) != __float_as_uint(scale)) complain(s, kWhatScale, static_cast<int>(row), p / 8);
+    }
+    for (int q = each * p; q < each * p + each; q++) {
+      s.y[row * nReturned + q] = packetOf(s, step, rank, t, q, kRowsReturned);
+    }
   }
 }
 
+// First of all in a kernel that a call follows: from sm_90 on the call's kernel is launched as soon as every block has
+// been here, so it is up to that kernel to wait for what this one does.
+__device__ void admitCall() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// By a whole block.
 __device__ void linger(const Steps& s, unsigned step, int when) {
   if (s.maxDelayNs == 0) return;
-  const uint64_t h = draw(s, step, s.rank, when, kSaltDelay);
+  const uint64_t h = draw(s, step, s.rank, 2 * s.round + when, kSaltDelay);
   if (h % 2 == 0) return;
-  const uint64_t ns = (h >> 8) % s.maxDelayNs;
-  uint64_t start = 0, now = 0;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-  do {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  } while (now - start < ns);
-}
-
-__global__ void nextStep(Steps s) {
-  const unsigned step = ++*s.step;
-  *s.nTokens = tokensOf(s, step, s.rank);
-  linger(s, step, 0);
-}
-
-__global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
-  const unsigned step = *s.step;
-  const int id = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
-  const int nTokens = *s.nTokens, nPackets = s.hidden / 8;
-  for (int i = id; i < nTokens * kStepTopK; i += stride) {
-    const int t = i / kStepTopK, k = i % kStepTopK;
-    s.topkIdx[i] = selectionsOf(s, step, s.rank, t).expert[k];
-    s.topkWeights[i] = __uint_as_float(weightOf(s, step, s.rank, t, k));
+  if (threadIdx.x == 0) {
+    const uint64_t ns = (h >> 8) % s.maxDelayNs;
+    uint64_t start = 0, now = 0;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do {
+      asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    } while (now - start < ns);
   }
-  for (int i = id; i < nTokens * nPackets; i += stride) s.x[i] = packetOf(s, step, s.rank, i / nPackets, i % nPackets);
+  __syncthreads();
+}
+
+__global__ void nextStep(Steps s) { ++*s.step; }
+
+// What the call shall write is poisoned first, so that a call which began too early would lose what it has written.
+__global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
+  admitCall();
+  const unsigned step = *s.step;
+  linger(s, step, 0);
+  const int id = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
+  const int nTokens = tokensOf(s, step, s.rank), nPackets = s.hidden / 8;
   const uint4 poison = make_uint4(kPoison, kPoison, kPoison, kPoison);
   for (long long i = id; i < s.rows() * s.packetsOfRow(); i += stride) s.recvX[i] = poison;
   for (int i = id; i < s.maxTokens * nPackets; i += stride) s.out[i] = poison;
+  if (s.layout == ncclMoeLayoutRankMajor) {
+    for (long long i = id; i < s.rows() * s.topK; i += stride) s.recvTopkIdx[i] = kPoison;
+  }
+  for (int i = id; i < s.nLocal; i += stride) s.expertCounts[i] = kPoison;
+  for (int i = id; i <= s.nLocal; i += stride) s.expertOffsets[i] = kPoison;
+  if (id == 0) *s.recvCount = kPoison;
+  for (int i = id; i < nTokens * s.topK; i += stride) {
+    const int t = i / s.topK, k = i % s.topK;
+    s.topkIdx[i] = s.round == 0 ? selectionsOf(s, step, s.rank, t).at(k) : static_cast<int>(kPoison);
+    s.topkWeights[i] = __uint_as_float(weightOf(s, step, s.rank, t, k));
+  }
+  for (int i = id; i < nTokens * nPackets; i += stride) {
+    s.x[i] = packetOf(s, step, s.rank, i / nPackets, i % nPackets, kRowsSent);
+  }
+  if (id == 0) *s.nTokens = nTokens;
 }
 
-// A block for each local expert, or for the rank in RANK_MAJOR: goes through all tokens of all ranks in order.
+// In the rows of local expert l, or anywhere on this rank in RANK_MAJOR.
+__device__ bool isHere(const Steps& s, int expert, int l) {
+  if (expert < 0 || s.experts[expert].x != s.rank) return false;
+  return s.layout == ncclMoeLayoutRankMajor || s.experts[expert].y == l;
+}
+
+// Blocks x for each local expert, or for the rank in RANK_MAJOR, go through all tokens of all ranks in order; blocks y
+// share the rows.
 __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
   __shared__ int list[kThreads], counts[kThreads / 32];
+  admitCall();
   const unsigned step = *s.step;
+  linger(s, step, 1);
   const bool rankMajor = s.layout == ncclMoeLayoutRankMajor;
   const int l = blockIdx.x, nPackets = s.packetsOfRow(), lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const long long plane = static_cast<long long>(s.nRanks) * s.maxTokens;
+  const int share = blockIdx.y, nShares = gridDim.y;
   long long first = 0, end = 0; // its rows, with those that nobody may write
   if (rankMajor) end = plane;
-  if (s.layout == ncclMoeLayoutExpertPadded) first = l * plane, end = first + plane;
-  if (s.layout == ncclMoeLayoutExpertMajor) first = s.expertOffsets[l], end = s.expertOffsets[l + 1];
+  if (l < s.nLocal && s.layout == ncclMoeLayoutExpertPadded) first = l * plane, end = first + plane;
+  if (l < s.nLocal && s.layout == ncclMoeLayoutExpertMajor) {
+    first = s.expertOffsets[l], end = s.expertOffsets[l + 1];
+    if (first < 0 || first > end || end > s.rows()) {
+      complain(s, kWhatOffset, static_cast<int>(first), static_cast<int>(end));
+      first = end = 0;
+    }
+  }
   int n = 0;
   for (int chunk = 0; chunk < plane; chunk += kThreads) {
     const int i = chunk + threadIdx.x, source = i / s.maxTokens, t = i % s.maxTokens;
     bool hit = false;
     if (i < plane && t < tokensOf(s, step, source)) {
       const Selections all = selectionsOf(s, step, source, t);
-      for (int k = 0; k < kStepTopK; k++) {
-        const int local = all.expert[k] - s.rank * s.nLocal;
-        hit = hit || (all.expert[k] >= 0 && (rankMajor ? local >= 0 && local < s.nLocal : local == l));
-      }
+#pragma unroll
+      for (int k = 0; k < kMaxStepTopK; k++) hit = hit || isHere(s, all.expert[k], l);
     }
     const unsigned hits = __ballot_sync(~0u, hit);
     if (lane == 0) counts[warp] = __popc(hits);
@@ -199,6 +257,7 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
     if (hit) list[at] = i;
     __syncthreads();
     for (int h = warp; h < here; h += kThreads / 32) {
+      if ((n + h) / (kThreads / 32) % nShares != share) continue;
       const long long row = first + n + h;
       if (row >= end) {
         complain(s, kWhatRow, static_cast<int>(row), -1);
@@ -206,15 +265,15 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
       }
       const int from = list[h] / s.maxTokens, token = list[h] % s.maxTokens;
       checkRow(s, step, row, from, token);
-      if (lane >= kStepTopK) continue;
-      const int expert = selectionsOf(s, step, from, token).expert[lane], local = expert - s.rank * s.nLocal;
-      const bool mine = expert >= 0 && (rankMajor ? local >= 0 && local < s.nLocal : local == l);
+      if (lane >= s.topK) continue;
+      const int expert = selectionsOf(s, step, from, token).at(lane);
+      const bool mine = isHere(s, expert, l);
       const uint32_t weight = mine ? weightOf(s, step, from, token, lane) : 0u;
       if (rankMajor) {
-        if (s.recvTopkIdx[row * kStepTopK + lane] != (mine ? local : -1)) {
+        if (s.recvTopkIdx[row * s.topK + lane] != (mine ? s.experts[expert].y : -1)) {
           complain(s, kWhatIndex, static_cast<int>(row), lane);
         }
-        if (__float_as_uint(s.recvWeights[row * kStepTopK + lane]) != weight) {
+        if (__float_as_uint(s.recvWeights[row * s.topK + lane]) != weight) {
           complain(s, kWhatWeight, static_cast<int>(row), lane);
         }
       } else if (mine && __float_as_uint(s.recvWeights[row]) != weight) {
@@ -225,15 +284,16 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
     __syncthreads();
   }
   const uint4 poison = make_uint4(kPoison, kPoison, kPoison, kPoison);
-  for (long long i = (first + n) * nPackets + threadIdx.x; i < end * nPackets; i += kThreads) {
+  const int offset = share * kThreads + threadIdx.x;
+  for (long long i = (first + n) * nPackets + offset; i < end * nPackets; i += nShares * kThreads) {
     if (!same(s.recvX[i], poison)) complain(s, kWhatBeyond, static_cast<int>(i / nPackets), n);
   }
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0 || share != 0) return;
   if (rankMajor) {
     if (*s.recvCount != n) complain(s, kWhatTotal, *s.recvCount, n);
     return;
   }
-  if (s.expertCounts[l] != n) complain(s, kWhatCount, s.expertCounts[l], n);
+  if (l < s.nLocal && s.expertCounts[l] != n) complain(s, kWhatCount, s.expertCounts[l], n);
   if (l > 0) return;
   int total = 0;
   for (int e = 0; e < s.nLocal; e++) {
@@ -248,39 +308,55 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
   if (*s.recvCount != total) complain(s, kWhatTotal, *s.recvCount, total);
 }
 
-__global__ void lingerKernel(Steps s) { linger(s, *s.step, 1); }
-
-__global__ void __launch_bounds__(kThreads) checkCombineKernel(Steps s) {
+// A warp for each token.  The 1 lets it have the registers that it needs.
+__global__ void __launch_bounds__(kThreads, 1) checkCombineKernel(Steps s) {
   const unsigned step = *s.step;
   const bool rankMajor = s.layout == ncclMoeLayoutRankMajor;
-  const int nTokens = *s.nTokens, nPackets = s.hidden / 8;
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < s.maxTokens * nPackets; i += gridDim.x * kThreads) {
-    const int t = i / nPackets, p = i % nPackets;
-    const uint4 got = s.out[i];
+  const int nTokens = *s.nTokens, nPackets = s.hidden / 8, lane = threadIdx.x & 31;
+  const int nWarps = gridDim.x * (kThreads / 32);
+  for (int t = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; t < s.maxTokens; t += nWarps) {
+    const uint4* out = s.out + static_cast<long long>(t) * nPackets;
     if (t >= nTokens) {
-      if (!same(got, make_uint4(kPoison, kPoison, kPoison, kPoison))) complain(s, kWhatOutBeyond, t, p);
+      for (int p = lane; p < nPackets; p += 32) {
+        if (!same(out[p], make_uint4(kPoison, kPoison, kPoison, kPoison))) complain(s, kWhatOutBeyond, t, p);
+      }
       continue;
     }
     const Selections all = selectionsOf(s, step, s.rank, t);
-    const uint4 row = packetOf(s, step, s.rank, t, p);
-    for (int e = 0; e < 8; e++) {
-      const float x = elementOf(row, e);
-      float total = 0.0f;
-      for (int r = 0; r < s.nRanks; r++) {
-        float sum = 0.0f;
-        bool any = false;
-        for (int k = 0; k < kStepTopK; k++) {
-          if (all.expert[k] < 0 || all.expert[k] / s.nLocal != r) continue;
-          any = true;
-          sum = rankMajor ? x : __fadd_rn(sum, __fmul_rn(__uint_as_float(weightOf(s, step, s.rank, t, k)), x));
+    int home[kMaxStepTopK];
+    float weight[kMaxStepTopK];
+#pragma unroll
+    for (int k = 0; k < kMaxStepTopK; k++) {
+      home[k] = all.expert[k] < 0 ? -1 : s.experts[all.expert[k]].x;
+      weight[k] = home[k] < 0 ? 0.0f : __uint_as_float(weightOf(s, step, s.rank, t, k));
+    }
+    for (int p = lane; p < nPackets; p += 32) {
+      const uint4 got = out[p], row = packetOf(s, step, s.rank, t, p, kRowsReturned);
+#pragma unroll 1
+      for (int e = 0; e < 8; e++) {
+        const float x = elementOf(row, e);
+        float total = 0.0f;
+#pragma unroll 1
+        for (int r = 0; r < s.nRanks; r++) {
+          float sum = 0.0f;
+          bool any = false;
+#pragma unroll
+          for (int k = 0; k < kMaxStepTopK; k++) {
+            if (home[k] != r) continue;
+            any = true;
+            sum = rankMajor ? x : __fadd_rn(sum, __fmul_rn(weight[k], x));
+          }
+          if (any) total = __fadd_rn(total, __bfloat162float(__float2bfloat16_rn(sum)));
         }
-        if (any) total = __fadd_rn(total, __bfloat162float(__float2bfloat16_rn(sum)));
+        const float want = __bfloat162float(__float2bfloat16_rn(total));
+        if (__float_as_uint(elementOf(got, e)) != __float_as_uint(want)) complain(s, kWhatOut, t, p);
       }
-      const float want = __bfloat162float(__float2bfloat16_rn(total));
-      if (__float_as_uint(elementOf(got, e)) != __float_as_uint(want)) complain(s, kWhatOut, t, p);
     }
   }
 }
+
+// More of them where there is much to do.
+int blocksOf(const Steps& s) { return std::min(std::max(s.maxTokens * (s.hidden / 8) / 2048, 8), 64); }
 
 template <class T> void placeOne(char* memory, size_t* used, T** pointer, size_t count) {
   *pointer = reinterpret_cast<T*>(memory + *used);
@@ -290,8 +366,8 @@ template <class T> void placeOne(char* memory, size_t* used, T** pointer, size_t
 } // namespace
 
 const char* describeFault(const StepFault& fault, char* text, int bytes) {
-  snprintf(text, static_cast<size_t>(bytes), "%u things are wrong, first %s (%d, %d) of step %d", fault.count,
-           kNames[fault.what], fault.a, fault.b, fault.step);
+  snprintf(text, static_cast<size_t>(bytes), "%u things are wrong, first %s (%d, %d) of step %d%s", fault.count,
+           kNames[fault.what], fault.a, fault.b, fault.step, fault.round == 0 ? "" : ", with the routing kept");
   return text;
 }
 
@@ -299,26 +375,27 @@ __host__ __device__ long long Steps::rows() const {
   const long long all = static_cast<long long>(nRanks) * maxTokens;
   if (layout == ncclMoeLayoutRankMajor) return all;
   if (layout == ncclMoeLayoutExpertPadded) return all * nLocal;
-  const int most = kStepTopK < nLocal ? kStepTopK : nLocal;
+  const int most = topK < nLocal ? topK : nLocal;
   return all * most + static_cast<long long>(nLocal) * (alignment - 1);
 }
 
 size_t Steps::place(char* memory) {
   const size_t tokens = static_cast<size_t>(maxTokens), nRows = static_cast<size_t>(rows());
-  const size_t nPackets = static_cast<size_t>(hidden) / 8;
+  const size_t nPackets = static_cast<size_t>(hidden) / 8, nSelections = static_cast<size_t>(topK);
   size_t used = 0;
   placeOne(memory, &used, &step, 1);
   placeOne(memory, &used, &fault, 1);
+  placeOne(memory, &used, &experts, static_cast<size_t>(nExperts));
   placeOne(memory, &used, &nTokens, 1);
-  placeOne(memory, &used, &topkIdx, tokens * kStepTopK);
-  placeOne(memory, &used, &topkWeights, tokens * kStepTopK);
+  placeOne(memory, &used, &topkIdx, tokens * nSelections);
+  placeOne(memory, &used, &topkWeights, tokens * nSelections);
   placeOne(memory, &used, &x, tokens * nPackets);
   placeOne(memory, &used, &recvX, nRows * static_cast<size_t>(packetsOfRow()));
   y = recvX;
   if (cast) placeOne(memory, &used, &y, nRows * nPackets);
   if (cast) placeOne(memory, &used, &recvScales, nRows * static_cast<size_t>(scalesOfRow()));
-  placeOne(memory, &used, &recvWeights, nRows * kStepTopK);
-  placeOne(memory, &used, &recvTopkIdx, nRows * kStepTopK);
+  placeOne(memory, &used, &recvWeights, nRows * nSelections);
+  placeOne(memory, &used, &recvTopkIdx, nRows * nSelections);
   placeOne(memory, &used, &recvCount, 1);
   placeOne(memory, &used, &expertCounts, static_cast<size_t>(nLocal));
   placeOne(memory, &used, &expertOffsets, static_cast<size_t>(nLocal) + 1);
@@ -336,6 +413,7 @@ ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
   args.topkIdx = topkIdx;
   args.topkIdxType = ncclInt64;
   args.topkWeights = topkWeights;
+  if (round > 0) args.flags = NCCL_MOE_KEEP_ROUTING;
   args.recvX = recvX;
   if (cast) args.quant = ncclMoeQuantFp8;
   if (cast) args.recvScales = recvScales;
@@ -359,27 +437,27 @@ ncclMoeCombineArgs_t Steps::combineArgs() const {
 }
 
 cudaError_t drawStep(const Steps& steps, cudaStream_t stream) {
-  nextStep<<<1, 1, 0, stream>>>(steps);
-  drawKernel<<<8, kThreads, 0, stream>>>(steps);
+  if (steps.round == 0) nextStep<<<1, 1, 0, stream>>>(steps);
+  drawKernel<<<blocksOf(steps), kThreads, 0, stream>>>(steps);
   return cudaGetLastError();
 }
 
 cudaError_t checkDispatch(const Steps& steps, cudaStream_t stream) {
-  const int nBlocks = steps.layout == ncclMoeLayoutRankMajor ? 1 : steps.nLocal;
+  const bool rankMajor = steps.layout == ncclMoeLayoutRankMajor;
+  const dim3 nBlocks = rankMajor ? dim3(1, 8) : dim3(std::max(steps.nLocal, 1));
   checkDispatchKernel<<<nBlocks, kThreads, 0, stream>>>(steps);
-  if (steps.maxDelayNs > 0) lingerKernel<<<1, 1, 0, stream>>>(steps);
   return cudaGetLastError();
 }
 
 cudaError_t checkCombine(const Steps& steps, cudaStream_t stream) {
-  checkCombineKernel<<<8, kThreads, 0, stream>>>(steps);
+  checkCombineKernel<<<blocksOf(steps), kThreads, 0, stream>>>(steps);
   return cudaGetLastError();
 }
 
 cudaError_t loadStepKernels() {
   cudaError_t result = cudaSuccess;
   cudaFuncAttributes attributes;
-  for (auto* kernel : {nextStep, drawKernel, checkDispatchKernel, lingerKernel, checkCombineKernel}) {
+  for (auto* kernel : {nextStep, drawKernel, checkDispatchKernel, checkCombineKernel}) {
     if (result == cudaSuccess) result = cudaFuncGetAttributes(&attributes, kernel);
   }
   return result;

@@ -1,8 +1,12 @@
 // Decode steps that a GPU makes up and checks by itself, so that thousands of them run without the host looking.
 //
-// Everything about a step follows from (seed, step, rank): the number of tokens, the selections, the weights, the rows.  So every
-// rank knows what it must receive from all others.  Experts are copies, so a rank also knows what it must get back.
+// Everything about a step follows from (seed, step, rank): the number of tokens, the selections, the weights, the rows,
+// and what an expert makes of a token's row, the same whichever it is.  So every rank knows what it must receive and
+// what it must get back.
 // One in eight packets of a row, and of the weights, looks like an empty packet of the latency kernels.
+//
+// The kernels that make a call's inputs let the call's kernel begin before they store anything: one that did not wait
+// for them would send what the step before left there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,26 +17,29 @@
 
 namespace moe::test {
 
-constexpr int kStepTopK = 4;
+constexpr int kMaxStepTopK = 16;
 
 struct StepFault {
-  unsigned count;       // of wrong things
-  int step, what, a, b; // the first
+  unsigned count;              // of wrong things
+  int step, round, what, a, b; // the first
 };
 const char* describeFault(const StepFault& fault, char* text, int bytes);
 
 // On one rank; pointers are device memory.
 struct Steps {
   uint64_t seed;
-  int rank, nRanks, nLocal; // experts of each rank, in blocks
-  int maxTokens, hidden;    // BF16
-  bool cast;                // dispatch makes them FP8; experts give back the rows as they were
+  int rank, nRanks, nExperts, nLocal; // experts of all ranks, of this one
+  int topK, maxTokens, hidden;        // BF16, at most 32768
+  bool cast;                          // dispatch makes them FP8
   ncclMoeLayout_t layout;
   int alignment;
-  int maxDelayNs; // before each step's dispatch and before its combine
+  int maxDelayNs; // before each dispatch and before each combine
+  // 1: the step's second dispatch and combine, of other rows and weights with the routing kept.  topkIdx is spoilt.
+  int round;
   // State.
   unsigned* step;
   StepFault* fault;
+  int2* experts; // [nExperts] each one's rank and its number there, which the host sets
   // Tensors of the calls.
   int* nTokens;
   int64_t* topkIdx;
@@ -40,7 +47,7 @@ struct Steps {
   uint4* x;
   uint4* recvX;
   float* recvScales; // with the cast
-  uint4* y;          // what the experts return: recvX, unless cast
+  uint4* y;          // what the experts return: in place of recvX, unless cast
   float* recvWeights;
   int* recvTopkIdx;
   int* recvCount;
@@ -57,9 +64,9 @@ struct Steps {
   ncclMoeCombineArgs_t combineArgs() const;
 };
 
-// Enqueued in this order around the calls of every step.
-cudaError_t drawStep(const Steps& steps, cudaStream_t stream);      // before dispatch: the next step
-cudaError_t checkDispatch(const Steps& steps, cudaStream_t stream); // behind dispatch
+// Enqueued in this order around the calls of every step, and of its second round where it has one.
+cudaError_t drawStep(const Steps& steps, cudaStream_t stream); // before dispatch: the next step, or its second round
+cudaError_t checkDispatch(const Steps& steps, cudaStream_t stream); // behind dispatch; then the experts do their work
 cudaError_t checkCombine(const Steps& steps, cudaStream_t stream);  // behind combine
 // Loads the kernels: at its first launch one may wait for another rank's that runs.
 cudaError_t loadStepKernels();

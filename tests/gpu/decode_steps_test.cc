@@ -20,61 +20,63 @@ int iterations(int otherwise) {
   return wanted != nullptr ? atoi(wanted) : otherwise;
 }
 
-// The steps of one routing.
-struct Layer {
+// The steps of one routing: the calls of each of their rounds.
+struct Round {
   Steps steps{};
-  ncclMoeRouting_t routing = nullptr;
   ncclMoeDispatchArgs_t dispatch{};
   ncclMoeCombineArgs_t combine{};
 };
+struct Layer {
+  std::vector<Round> rounds;
+  ncclMoeRouting_t routing = nullptr;
+};
 
 struct StepShape {
-  int nTokens = 40, hidden = 512;
+  int nTokens = 40, hidden = 512, topK = 4;
   bool cast = false;
+  bool twice = false; // each step has a second round, which keeps the routing; not in phases
   ncclMoeLayout_t layout = ncclMoeLayoutExpertPadded;
   int maxDelayNs = 0;
 };
 
-World stepWorld(int nRanks, int maxTokens) {
-  World w;
-  w.nRanks = nRanks;
-  w.nExperts = 8 * nRanks;
-  w.maxTokens = maxTokens;
-  w.maxTopK = kStepTopK;
-  w.maxRowBytes = 4224;
-  w.expertToRank = blockPlacement(w.nExperts, nRanks);
-  return w;
-}
-
 // Device memory that ends with the rank's process: freeing it would wait for the other ranks' kernels.
-std::string makeLayer(GpuRank& rank, int nRanks, const StepShape& shape, uint64_t seed, unsigned flags, Layer* layer) {
-  Steps& s = layer->steps;
+std::string makeLayer(GpuRank& rank, const World& world, const StepShape& shape, uint64_t seed, unsigned flags,
+                      Layer* layer) {
+  Steps s{};
   s.seed = seed;
   s.rank = rank.rank();
-  s.nRanks = nRanks;
-  s.nLocal = 8;
+  s.nRanks = world.nRanks;
+  s.nExperts = world.nExperts;
+  s.topK = shape.topK;
   s.maxTokens = shape.nTokens;
   s.hidden = shape.hidden;
   s.cast = shape.cast;
   s.layout = shape.layout;
   s.alignment = shape.layout == ncclMoeLayoutExpertMajor ? 8 : 1;
   s.maxDelayNs = shape.maxDelayNs;
+  std::vector<int2> experts;
+  std::vector<int> nLocal(static_cast<size_t>(world.nRanks), 0);
+  for (const int home : world.expertToRank) experts.push_back(make_int2(home, nLocal[static_cast<size_t>(home)]++));
+  s.nLocal = nLocal[static_cast<size_t>(s.rank)];
   char* memory = nullptr;
   const size_t bytes = s.place(nullptr);
   RANK_CUDA(cudaMalloc(&memory, bytes));
   RANK_CUDA(cudaMemset(memory, 0, bytes));
-  RANK_CUDA(cudaDeviceSynchronize());
   s.place(memory);
+  RANK_CUDA(cudaMemcpy(s.experts, experts.data(), experts.size() * sizeof(int2), cudaMemcpyHostToDevice));
+  RANK_CUDA(cudaDeviceSynchronize());
   ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
-  config.topK = kStepTopK;
+  config.topK = shape.topK;
   config.maxTokens = shape.nTokens;
   config.layout = shape.layout;
   config.expertAlignment = s.alignment;
   RANK_OK(ncclMoeRoutingCreate(&layer->routing, rank.comm(), &config), rank.comm());
-  layer->dispatch = s.dispatchArgs();
-  layer->dispatch.flags = flags;
-  layer->combine = s.combineArgs();
-  layer->combine.flags = flags;
+  for (s.round = 0; s.round < (shape.twice ? 2 : 1); s.round++) {
+    Round round{s, s.dispatchArgs(), s.combineArgs()};
+    round.dispatch.flags |= flags;
+    round.combine.flags |= flags;
+    layer->rounds.push_back(round);
+  }
   return "";
 }
 
@@ -84,26 +86,28 @@ std::string enqueueStep(GpuRank& rank, const std::vector<Layer>& layers, bool in
   const cudaStream_t stream = rank.stream();
   if (!inPhases) {
     for (const Layer& layer : layers) {
-      RANK_CUDA(drawStep(layer.steps, stream));
-      RANK_OK(ncclMoeDispatch(&layer.dispatch, layer.routing, comm, stream), comm);
-      RANK_CUDA(checkDispatch(layer.steps, stream));
-      RANK_OK(ncclMoeCombine(&layer.combine, layer.routing, comm, stream), comm);
-      RANK_CUDA(checkCombine(layer.steps, stream));
+      for (const Round& round : layer.rounds) {
+        RANK_CUDA(drawStep(round.steps, stream));
+        RANK_OK(ncclMoeDispatch(&round.dispatch, layer.routing, comm, stream), comm);
+        RANK_CUDA(checkDispatch(round.steps, stream));
+        RANK_OK(ncclMoeCombine(&round.combine, layer.routing, comm, stream), comm);
+        RANK_CUDA(checkCombine(round.steps, stream));
+      }
     }
     return "";
   }
   for (const Layer& layer : layers) {
-    RANK_CUDA(drawStep(layer.steps, stream));
-    RANK_OK(ncclMoeDispatch(&layer.dispatch, layer.routing, comm, stream), comm);
+    RANK_CUDA(drawStep(layer.rounds[0].steps, stream));
+    RANK_OK(ncclMoeDispatch(&layer.rounds[0].dispatch, layer.routing, comm, stream), comm);
   }
   for (const Layer& layer : layers) {
     RANK_OK(ncclMoeComplete(layer.routing, comm, stream), comm);
-    RANK_CUDA(checkDispatch(layer.steps, stream));
-    RANK_OK(ncclMoeCombine(&layer.combine, layer.routing, comm, stream), comm);
+    RANK_CUDA(checkDispatch(layer.rounds[0].steps, stream));
+    RANK_OK(ncclMoeCombine(&layer.rounds[0].combine, layer.routing, comm, stream), comm);
   }
   for (size_t i = layers.size(); i-- > 0;) {
     RANK_OK(ncclMoeComplete(layers[i].routing, comm, stream), comm);
-    RANK_CUDA(checkCombine(layers[i].steps, stream));
+    RANK_CUDA(checkCombine(layers[i].rounds[0].steps, stream));
   }
   return "";
 }
@@ -111,13 +115,14 @@ std::string enqueueStep(GpuRank& rank, const std::vector<Layer>& layers, bool in
 std::string checkSteps(GpuRank& rank, const std::vector<Layer>& layers, unsigned nSteps) {
   RANK_TRY(asyncIs(rank, ncclSuccess));
   for (const Layer& layer : layers) {
+    const Steps& steps = layer.rounds[0].steps; // rounds share the memory
     unsigned done = 0;
     StepFault fault{};
-    RANK_CUDA(cudaMemcpyAsync(&done, layer.steps.step, sizeof(done), cudaMemcpyDeviceToHost, rank.stream()));
-    RANK_CUDA(cudaMemcpyAsync(&fault, layer.steps.fault, sizeof(fault), cudaMemcpyDeviceToHost, rank.stream()));
+    RANK_CUDA(cudaMemcpyAsync(&done, steps.step, sizeof(done), cudaMemcpyDeviceToHost, rank.stream()));
+    RANK_CUDA(cudaMemcpyAsync(&fault, steps.fault, sizeof(fault), cudaMemcpyDeviceToHost, rank.stream()));
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     char text[200];
-    RANK_CHECK(fault.count == 0, "%s, layout %d", describeFault(fault, text, sizeof(text)), layer.steps.layout);
+    RANK_CHECK(fault.count == 0, "%s, layout %d", describeFault(fault, text, sizeof(text)), steps.layout);
     RANK_CHECK(done == nSteps, "%u steps ran instead of %u", done, nSteps);
   }
   return "";
@@ -128,13 +133,41 @@ struct StepRun {
   bool graph = false, inPhases = false;
   std::vector<StepShape> shapes;
 };
-using Meanwhile = std::function<std::string(GpuRank& rank, int step)>;
+using Meanwhile = std::function<std::string(GpuRank& rank)>;
 
-std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed, const StepRun& r,
+// Runs that the same ranks do one after the other.
+struct StepJob {
+  int nRanks = 2, numSms = 0;
+  uint64_t seed = 0;
+  ncclMoeMode_t mode = ncclMoeModeLatency;
+  std::vector<int> expertToRank; // empty: eight experts for each rank
+  std::vector<StepRun> runs;
+  Meanwhile meanwhile;
+
+  World world() const {
+    World w;
+    w.nRanks = nRanks;
+    w.explicitMap = !expertToRank.empty();
+    w.expertToRank = w.explicitMap ? expertToRank : blockPlacement(8 * nRanks, nRanks);
+    w.nExperts = static_cast<int>(w.expertToRank.size());
+    w.maxRowBytes = 4224;
+    for (const StepRun& r : runs) {
+      for (const StepShape& shape : r.shapes) {
+        w.maxTokens = std::max(w.maxTokens, shape.nTokens);
+        w.maxTopK = std::max(w.maxTopK, shape.topK);
+        w.maxRowBytes = std::max(w.maxRowBytes, 2 * static_cast<size_t>(shape.hidden));
+      }
+    }
+    return w;
+  }
+};
+
+std::string runSteps(GpuRank& rank, Meeting& meeting, const World& world, uint64_t seed, const StepRun& r,
                      const Meanwhile& meanwhile) {
+  const int nRanks = world.nRanks;
   std::vector<Layer> layers(r.shapes.size());
   for (size_t i = 0; i < layers.size(); i++) {
-    RANK_TRY(makeLayer(rank, nRanks, r.shapes[i], seed + i, r.inPhases ? NCCL_MOE_SEND_ONLY : 0u, &layers[i]));
+    RANK_TRY(makeLayer(rank, world, r.shapes[i], seed + i, r.inPhases ? NCCL_MOE_SEND_ONLY : 0u, &layers[i]));
   }
   RANK_CUDA(loadStepKernels());
   RANK_CUDA(occupySms(0, 0, rank.stream()));
@@ -147,7 +180,7 @@ std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed,
     RANK_TRY(meetAll(rank, meeting, nRanks));
   }
   for (int step = 0; step < r.nSteps; step++) {
-    if (meanwhile) RANK_TRY(meanwhile(rank, step));
+    if (meanwhile) RANK_TRY(meanwhile(rank));
     if (r.graph) {
       RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
     } else {
@@ -161,21 +194,16 @@ std::string runSteps(GpuRank& rank, Meeting& meeting, int nRanks, uint64_t seed,
   return "";
 }
 
-// One after the other, by the same ranks.
-std::string runAll(int nRanks, int numSms, uint64_t seed, const std::vector<StepRun>& runs,
-                   const Meanwhile& meanwhile = nullptr, ncclMoeMode_t mode = ncclMoeModeLatency) {
-  int maxTokens = 0;
+std::string runAll(const StepJob& job) {
   DecodeRun run;
-  run.nRanks = nRanks;
-  run.mode = mode;
-  run.numSms = numSms;
-  for (const StepRun& r : runs) {
-    for (const StepShape& shape : r.shapes) maxTokens = std::max(maxTokens, shape.nTokens);
-    run.timeLimitMs += 20 * r.nSteps;
-  }
-  return runDecode(stepWorld(nRanks, maxTokens), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
-    for (size_t i = 0; i < runs.size(); i++) {
-      const std::string wrong = runSteps(rank, meeting, nRanks, seed, runs[i], meanwhile);
+  run.nRanks = job.nRanks;
+  run.mode = job.mode;
+  run.numSms = job.numSms;
+  for (const StepRun& r : job.runs) run.timeLimitMs += 20 * r.nSteps;
+  const World world = job.world();
+  return runDecode(world, run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+    for (size_t i = 0; i < job.runs.size(); i++) {
+      const std::string wrong = runSteps(rank, meeting, world, job.seed, job.runs[i], job.meanwhile);
       if (!wrong.empty()) return format("run %zu: ", i) + wrong;
     }
     return "";
@@ -187,31 +215,117 @@ const ncclMoeLayout_t kLayouts[] = {ncclMoeLayoutExpertPadded, ncclMoeLayoutExpe
 // All ranks on GPUs of their own take all SMs there.
 int smsFor(int nRanks) { return nRanks <= gpuCount() ? 0 : 8; }
 
+StepJob jobOf(int nRanks, uint64_t seed) {
+  StepJob job;
+  job.nRanks = nRanks;
+  job.numSms = smsFor(nRanks);
+  job.seed = seed;
+  return job;
+}
+
+// Rank 1 has none, and the last ones have most, here and there.
+std::vector<int> unevenPlacement(uint64_t seed, int nRanks) {
+  Random random(seed);
+  std::vector<int> expertToRank(static_cast<size_t>(8 * nRanks + 5));
+  for (int& rank : expertToRank) {
+    rank = std::max(pick(random, 0, nRanks - 1), pick(random, 0, nRanks - 1));
+    if (rank == 1) rank = nRanks - 1;
+  }
+  return expertToRank;
+}
+
 // A graph of one step in every layout, with the cast and without, replayed so many times.
-void graphReplays(ncclMoeMode_t mode, int nSteps) {
+void graphReplays(const std::vector<int>& sizes, ncclMoeMode_t mode, int nSteps, StepShape shape = StepShape(),
+                  bool uneven = false) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
-  for (const int nRanks : {2, 4}) {
-    std::vector<StepRun> runs;
+  // Rows of several pieces, also after the cast, of which the first brings the map.
+  if (mode == ncclMoeModeThroughput) shape.hidden = 2064;
+  for (const int nRanks : sizes) {
+    StepJob job = jobOf(nRanks, seed);
+    job.mode = mode;
+    if (uneven) job.expertToRank = unevenPlacement(seed, nRanks);
     for (const ncclMoeLayout_t layout : kLayouts) {
       for (const bool cast : {false, true}) {
         StepRun r;
         r.nSteps = nSteps;
         r.graph = true;
-        r.shapes = {StepShape()};
-        r.shapes[0].layout = layout;
-        r.shapes[0].cast = cast;
-        // Rows of several pieces, also after the cast, of which the first brings the map.
-        if (mode == ncclMoeModeThroughput) r.shapes[0].hidden = 2064;
-        runs.push_back(r);
+        shape.layout = layout;
+        shape.cast = cast;
+        r.shapes = {shape};
+        job.runs.push_back(r);
       }
     }
-    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs, nullptr, mode), "")
-      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
-TEST(GpuDecodeSteps, GraphReplays) { graphReplays(ncclMoeModeLatency, iterations(900)); }
-TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays(ncclMoeModeThroughput, iterations(300)); }
+TEST(GpuDecodeSteps, GraphReplays) { graphReplays({2, 4}, ncclMoeModeLatency, iterations(900)); }
+TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays({2, 4}, ncclMoeModeThroughput, iterations(300)); }
+
+// What the ones above leave out, in fewer steps.  The delays are short: just so long that a call which did not wait for
+// its inputs would be wrong.
+StepShape delayedShape() {
+  StepShape shape;
+  shape.maxDelayNs = 4000;
+  return shape;
+}
+
+// In latency mode the selections of a token take two packets.
+StepShape manySelections() {
+  StepShape shape = delayedShape();
+  shape.topK = 12;
+  return shape;
+}
+TEST(GpuDecodeSteps, GraphReplaysOfManySelections) {
+  graphReplays({2, 4}, ncclMoeModeLatency, std::min(iterations(300), 3000), manySelections());
+}
+TEST(GpuDecodeSteps, GraphReplaysOfManySelectionsInThroughputMode) {
+  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(100), 3000), manySelections());
+}
+
+StepShape keptRouting() {
+  StepShape shape = delayedShape();
+  shape.twice = true;
+  return shape;
+}
+TEST(GpuDecodeSteps, GraphReplaysOfKeptRoutings) {
+  graphReplays({2, 4}, ncclMoeModeLatency, std::min(iterations(200), 3000), keptRouting());
+}
+TEST(GpuDecodeSteps, GraphReplaysOfKeptRoutingsInThroughputMode) {
+  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(100), 3000), keptRouting());
+}
+
+TEST(GpuDecodeSteps, GraphReplaysOfUnevenExperts) {
+  graphReplays({4}, ncclMoeModeLatency, std::min(iterations(200), 3000), delayedShape(), true);
+}
+TEST(GpuDecodeSteps, GraphReplaysOfUnevenExpertsInThroughputMode) {
+  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(100), 3000), delayedShape(), true);
+}
+
+// As many tokens as AUTO leaves to latency mode, as long as those of a large model.  EXPERT_PADDED, which takes most
+// memory (1 GB a rank), for few ranks only.
+TEST(GpuDecodeSteps, FullSizeRows) {
+  NEED_GPUS(1);
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 4}) {
+    StepJob job = jobOf(nRanks, seed);
+    job.expertToRank = blockPlacement(64 * nRanks, nRanks);
+    for (size_t i = nRanks == 2 ? 0 : 1; i < 3; i++) {
+      StepShape shape;
+      shape.nTokens = 512;
+      shape.hidden = 7168;
+      shape.topK = 8;
+      shape.layout = kLayouts[i];
+      shape.cast = i == (nRanks == 2 ? 1 : 2);
+      StepRun r;
+      r.nSteps = std::min(iterations(20), 200);
+      r.graph = true;
+      r.shapes = {shape};
+      job.runs.push_back(r);
+    }
+    ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
 
 // Three layers whose dispatches are all sent before any is completed, and so are their combines.
 TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
@@ -227,8 +341,9 @@ TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
     r.shapes[1].cast = true;
     r.shapes[1].hidden = 2064;
     r.shapes[2].hidden = 1304; // more than a segment, and not a whole number of them
-    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, {r}), "")
-      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    StepJob job = jobOf(nRanks, seed);
+    job.runs = {r};
+    ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
@@ -236,7 +351,7 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
   for (const int nRanks : {1, 2, 3, 4}) {
-    std::vector<StepRun> runs;
+    StepJob job = jobOf(nRanks, seed);
     for (const bool inPhases : {false, true}) {
       StepRun r;
       r.nSteps = iterations(600);
@@ -249,10 +364,9 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
       r.shapes[1].layout = kLayouts[(nRanks + 1) % 3];
       r.shapes[1].cast = nRanks % 2 == 0;
       for (StepShape& shape : r.shapes) shape.maxDelayNs = 20000;
-      runs.push_back(r);
+      job.runs.push_back(r);
     }
-    ASSERT_EQ(runAll(nRanks, smsFor(nRanks), seed, runs), "")
-      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
@@ -262,23 +376,32 @@ TEST(GpuDecodeSteps, SlowRanks) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
   for (const int nRanks : {2, 4}) {
-    StepRun r;
-    const int numSms = nRanks == 2 && gpuCount() == 1 ? 32 : smsFor(nRanks);
-    r.nSteps = std::min(iterations(120), 3000);
-    r.inPhases = nRanks == 4;
-    r.shapes.resize(2);
-    r.shapes[1].layout = ncclMoeLayoutRankMajor;
-    r.shapes[1].nTokens = 100;
-    for (StepShape& shape : r.shapes) shape.maxDelayNs = 300000;
+    StepJob job = jobOf(nRanks, seed);
+    if (nRanks == 2 && gpuCount() == 1) job.numSms = 32;
+    for (const bool cast : {false, true}) {
+      StepRun r;
+      r.nSteps = std::min(iterations(80), 2000);
+      r.inPhases = nRanks == 4;
+      r.shapes.resize(3);
+      for (int i = 0; i < 3; i++) {
+        StepShape& shape = r.shapes[i];
+        shape.layout = kLayouts[i];
+        shape.cast = cast;
+        shape.topK = (i == 1) == cast ? 4 : 12;
+        shape.maxDelayNs = 300000;
+      }
+      r.shapes[2].nTokens = 100;
+      job.runs.push_back(r);
+    }
     std::vector<Random> randoms;
     for (int rank = 0; rank < nRanks; rank++) randoms.emplace_back(seed + static_cast<uint64_t>(rank));
     std::vector<cudaStream_t> others(static_cast<size_t>(nRanks), nullptr); // each rank sets its own
-    const auto disturb = [&](GpuRank& rank, int step) -> std::string {
+    job.meanwhile = [&](GpuRank& rank) -> std::string {
       Random& random = randoms[static_cast<size_t>(rank.rank())];
       cudaStream_t& other = others[static_cast<size_t>(rank.rank())];
       int nSms = 0;
       RANK_CUDA(cudaDeviceGetAttribute(&nSms, cudaDevAttrMultiProcessorCount, 0));
-      if (step == 0) RANK_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+      if (other == nullptr) RANK_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
       switch (pick(random, 0, 7)) {
       case 0:
         std::this_thread::sleep_for(std::chrono::microseconds(pick(random, 1, 3000)));
@@ -298,8 +421,7 @@ TEST(GpuDecodeSteps, SlowRanks) {
         return "";
       }
     };
-    ASSERT_EQ(runAll(nRanks, numSms, seed, {r}, disturb), "")
-      << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+    ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
 
