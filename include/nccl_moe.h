@@ -206,7 +206,8 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable; waits
  * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
  * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
- * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs captured before may be launched again.
+ * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs captured before
+ * may be launched again.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or has
  * combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'),
  * ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),

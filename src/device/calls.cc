@@ -28,6 +28,9 @@ bool isCapturing(cudaStream_t stream) {
   return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
+// For traces.
+const char* modeOf(const DeviceRouting& state) { return state.latency != nullptr ? "latency" : "throughput"; }
+
 // After the work that leaves a dispatch's counts.
 ncclResult_t noteCounts(DeviceRouting& state, cudaStream_t stream) {
   CUDACHECK(cudaEventRecord(state.counted.get(), stream));
@@ -79,9 +82,9 @@ ncclResult_t DeviceBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeR
   DeviceScope scope(device_);
   MOECHECK(usable("ncclMoeDispatch"));
   DeviceRouting& state = stateOf(routing);
+  MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, %s mode, %d tokens of %d bytes, flags 0x%x", moe_.rank, state.id,
+            modeOf(state), args.nTokens, static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
   if (state.latency != nullptr) {
-    MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, latency mode, %d tokens, flags 0x%x", moe_.rank, state.id,
-              args.nTokens, args.flags);
     MOECHECK(follow(stream));
     launched_ = true;
     MOECHECK(state.latency->dispatch(args, routing, sms(args.numSms, kLatencySms), stream));
@@ -136,8 +139,6 @@ ncclResult_t DeviceBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeR
 
   const bool plainCopy =
     routing.config.layout == ncclMoeLayoutRankMajor && args.quant == ncclMoeQuantNone && push.wireBytes > kSmallRow;
-  MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, %d tokens of %d bytes, flags 0x%x", moe_.rank, state.id,
-            args.nTokens, push.rowBytes, args.flags);
   MOECHECK(follow(stream));
   launched_ = true;
   CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
@@ -158,12 +159,13 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
   if (args.withGradWeights != 0 && args.gradWeights == nullptr && hasRows(state, stream)) {
     return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
   }
+  MOE_TRACE("ncclMoeCombine: rank %d, routing %d, %s mode, rows of %d bytes, flags 0x%x", moe_.rank, state.id,
+            modeOf(state), static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
   if (state.latency != nullptr) {
     if ((args.flags & NCCL_MOE_EXACT) != 0) {
       MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));
       exactUsed_ = true;
     }
-    MOE_TRACE("ncclMoeCombine: rank %d, routing %d, latency mode, flags 0x%x", moe_.rank, state.id, args.flags);
     MOECHECK(follow(stream));
     launched_ = true;
     MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));
@@ -185,8 +187,6 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
   combine.out = static_cast<char*>(args.out);
   combine.gradTopkWeights = args.gradTopkWeights;
   combine.signature = hash({2, state.id, combine.rowBytes, args.type, args.withGradWeights, combine.exact ? 1 : 0});
-  MOE_TRACE("ncclMoeCombine: rank %d, routing %d, rows of %d bytes, flags 0x%x", moe_.rank, state.id, combine.rowBytes,
-            args.flags);
   const int maxTokens = routing.config.maxTokens;
   combine.nTokens = combine.exact ? layout_.exactTokens(routing.config.topK) : maxTokens;
   MOECHECK(follow(stream));

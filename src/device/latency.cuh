@@ -10,16 +10,18 @@
 //
 // Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
 // after it has seen its peer's header of call n+1.  The peer stored that in a kernel that had waited for the end of its kernel of
-// call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after the other, and a kernel's stores to its
-// own memory are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the header.)  A header
-// comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers of picks: dispatch
-// n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
+// call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after the other, and a kernel's stores
+// to its own memory are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the
+// header.)  A header comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers
+// of picks: dispatch n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
 //
-// What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch brought, the map, the
-// picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore) before it reads anything, and one
-// warp of each block reads the state (Opening).  The count of calls is raised by every block after its own look (of the kernel that receives; that of
-// SEND_ONLY adds nothing), and shows the next call only when all blocks have looked.  What a dispatch leaves in the state, its last block stores while others may still
-// begin: they look at it only with KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins after it sends nothing.
+// What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch
+// brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore)
+// before it reads anything, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
+// its own look (of the kernel that receives; that of SEND_ONLY adds nothing), and shows the next call only when all blocks have
+// looked.  What a dispatch leaves in the state, its last block stores while others may still begin: they look at it only with
+// KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
+// after it sends nothing.
 //
 // Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
 // sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
@@ -95,6 +97,13 @@ __device__ __forceinline__ Call callOf(const Opening& opening) {
 // By one thread of a block that has read the counter.
 __device__ __forceinline__ void addTicket(unsigned long long* tickets) {
   atomicAdd(tickets, blockIdx.x == 0 ? (1ull << kTicketBits) - (gridDim.x - 1) : 1ull);
+}
+
+// Of all ranks' tokens, nTokens[r] of rank r: token *t becomes token *t of rank *source.
+__device__ __forceinline__ void locate(const int* nTokens, int* source, int* t) {
+  *source = 0;
+#pragma unroll 1
+  while (*t >= nTokens[*source]) *t -= nTokens[(*source)++];
 }
 
 // The next N set bits of a mask, n of which there were; the others are 0.  What is done for each of N need not wait for the one before.

@@ -66,14 +66,11 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
 #pragma unroll 1
     for (unsigned rest = here; rest != 0;) {
       uint4 raw[kRowsAtATime][2] = {};
-      int from[kRowsAtATime], n = 0; // selections; their weights may still be on their way
+      const Few<kRowsAtATime> few(&rest); // selections; their weights may still be on their way
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
-        if (rest == 0) continue;
-        const int k = from[j] = __ffs(rest) - 1;
-        rest &= rest - 1;
-        n++;
-        const long long slot = __shfl_sync(~0u, entry, k);
+        if (j >= few.n) continue;
+        const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -82,8 +79,8 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
       }
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= n) continue;
-        const float w = __shfl_sync(~0u, weight, from[j]);
+        if (j >= few.n) continue;
+        const float w = __shfl_sync(~0u, weight, few.bit[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float f[kElems];
@@ -122,21 +119,18 @@ __device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const C
 #pragma unroll 1
     for (unsigned rest = rows; rest != 0;) {
       uint4 raw[kRowsAtATime][2] = {};
-      int from[kRowsAtATime], n = 0; // selections; their weights may still be on their way
+      const Few<kRowsAtATime> few(&rest); // selections; their weights may still be on their way
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
-        if (rest == 0) continue;
-        const int k = from[j] = __ffs(rest) - 1;
-        rest &= rest - 1;
-        n++;
-        const long long slot = __shfl_sync(~0u, entry, k);
+        if (j >= few.n) continue;
+        const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
         if (place.has[i]) raw[j][0] = loadOnce(row + 2 * place.at[i]), raw[j][1] = loadOnce(row + 2 * place.at[i] + 1);
       }
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= n) continue;
-        const float w = __shfl_sync(~0u, weight, from[j]);
+        if (j >= few.n) continue;
+        const float w = __shfl_sync(~0u, weight, few.bit[j]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float f[8];
@@ -220,8 +214,7 @@ __device__ __forceinline__ Outgoing fetch(const LatencyView& v, const Shape& sha
   const unsigned i = item - 1, n = nRows;
   out.t = static_cast<int>(i % n);
   out.unit = static_cast<int>(shape.firstUnit + i / n);
-#pragma unroll 1
-  while (out.t >= nTokens[out.owner]) out.t -= nTokens[out.owner++];
+  locate(nTokens, &out.owner, &out.t);
   const int lane = threadIdx.x & 31, k = v.layout.topK;
   const size_t at = (static_cast<size_t>(out.owner) * v.layout.maxTokens + out.t) * k + lane;
   if (lane < k) out.entry = reinterpret_cast<const int*>(own(v) + v.layout.map)[at];

@@ -106,8 +106,8 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
   }
 }
 
-// The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a token exists to look there, thousands of loads would
-// queue up at the lines that peers write to.  A barrier must follow.
+// The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a token
+// exists to look there, thousands of loads would queue up at the lines that peers write to.  A barrier must follow.
 __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, const Call& call,
                                                   const Opening& opening, const Lists& lists, bool mayStall) {
   if (gatherer() >= kMaxDeviceRanks) return Progress::done;
@@ -126,9 +126,8 @@ __device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, co
   const int perToken = v.layout.pickPackets;
 #pragma unroll 1
   for (int i = gatherer(); i < nTokens * perToken; i += kDispatchThreads) {
-    int source = 0, t = i / perToken;
-#pragma unroll 1
-    while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
+    int source, t = i / perToken;
+    locate(lists.nTokens, &source, &t);
     const uint4* at = packets(own(v), v.layout.pick(buffer, source, t)) + i % perToken;
     uint4 packet;
     const auto ready = [&] {

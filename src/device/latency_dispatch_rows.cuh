@@ -24,8 +24,7 @@ template <bool kCast> struct Arrival {
     const unsigned index = i, n = nTokens;
     unit = static_cast<int>(index / n);
     t = static_cast<int>(index % n);
-#pragma unroll 1
-    while (t >= lists.nTokens[source]) t -= lists.nTokens[source++];
+    locate(lists.nTokens, &source, &t);
     picks = loadPicks(v, buffer, source, t);
     const uint4* record = packets(own(v), v.layout.record(call.parity, source, t));
     if (unit == 0) {

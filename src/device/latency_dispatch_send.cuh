@@ -11,12 +11,7 @@ constexpr uint32_t kWeightedBit = 1u << 31; // in a header's word x, beside the 
 static __device__ void reportIndex(const LatencyDispatchArgs& a, const Call& call, int code, int token, int position,
                                    long long expert) {
   if (atomicExch(&stateOf(a.view)->badCall, call.number + 1) == call.number + 1) return;
-  volatile RoutingOutcome* o = a.view.outcome;
-  o->token = token;
-  o->position = position;
-  o->expert = static_cast<int>(expert > INT32_MAX ? INT32_MAX : expert < INT32_MIN ? INT32_MIN : expert);
-  __threadfence_system();
-  o->code = code;
+  storeIndexOutcome(a.view.outcome, code, token, position, expert);
   __threadfence(); // before the token's picks are sent
 }
 

@@ -128,6 +128,16 @@ __device__ __forceinline__ bool waitUntil(const CommView& c, int phase, int peer
   }
 }
 
+// Tells the host of an index in topkIdx that is out of range or repeated: fields first, code last.
+__device__ __forceinline__ void storeIndexOutcome(volatile RoutingOutcome* o, int code, int token, int position,
+                                                  long long expert) {
+  o->token = token;
+  o->position = position;
+  o->expert = static_cast<int>(expert > INT32_MAX ? INT32_MAX : expert < INT32_MIN ? INT32_MIN : expert);
+  __threadfence_system();
+  o->code = code;
+}
+
 // Adds the time since start to what this rank has waited for the peer to begin a call.  By one of the threads that wait for that.
 __device__ __forceinline__ void countWait(const CommView& c, int peer, uint64_t start) {
   atomicAdd(&c.shared->waitNs[peer], static_cast<unsigned long long>(globalTimerNs() - start));

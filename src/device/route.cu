@@ -37,12 +37,7 @@ __device__ __forceinline__ int bitsBelow(const uint32_t* words, int bit) {
 __device__ void reportIndex(const RouteArgs& a, int code, int token, int position, long long expert) {
   RoutingLayout::State* state = a.routing.state();
   if (atomicCAS(&state->badIndex, 0, 1) != 0) return;
-  volatile RoutingOutcome* o = a.routing.outcome;
-  o->token = token;
-  o->position = position;
-  o->expert = static_cast<int>(expert > INT32_MAX ? INT32_MAX : expert < INT32_MIN ? INT32_MIN : expert);
-  __threadfence_system();
-  o->code = code;
+  storeIndexOutcome(a.routing.outcome, code, token, position, expert);
 }
 
 // Counts chunks [chunk, chunk + nChunks) and notes each selection's place within its chunk.

@@ -1,5 +1,5 @@
-// Latency mode, and graphs of throughput mode, without the host: thousands of decode steps, replayed from graphs or enqueued one behind the other, that the GPUs
-// make up and check by themselves.  MOE_TEST_ITERATIONS says how many.
+// Latency mode, and graphs of throughput mode, without the host: thousands of decode steps, replayed from graphs or enqueued one
+// behind the other, that the GPUs make up and check by themselves.  MOE_TEST_ITERATIONS says how many.
 //
 // This is also the stress test of what src/device/latency.cuh promises about packets: nothing but the calls themselves keeps
 // the ranks in step, delays come at random, and one packet in eight looks empty.
