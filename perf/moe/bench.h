@@ -32,6 +32,7 @@ struct SizeResult {
   int64_t nRows = 0; // that dispatch delivers, mean over ranks
   Measurement dispatch;
   Measurement combine;
+  Measurement pair; // a dispatch and its combine, with --graph; its times alone
 };
 
 // Takes what rank 0 finds out while the others work.

@@ -62,23 +62,36 @@ void printMeasurement(const Measurement& m, const Options& o) {
   for (size_t i = 0; i < columns.size(); i++) printf(" %*s", columns[i].width, values[i].c_str());
 }
 
-// A line over each collective's columns.
-void printTitles(const std::vector<Column>& columns) {
-  int width = -1;
-  for (const Column& c : columns) width += c.width + 1;
+struct ColumnGroup {
+  const char* title;
+  std::vector<Column> columns;
+};
+
+// The pairs come last, so that the other columns stand where they always do.
+std::vector<ColumnGroup> groupsOf(const Options& o) {
+  std::vector<ColumnGroup> groups = {{" dispatch ", columnsOf(o)}, {" combine ", columnsOf(o)}};
+  if (o.graphCalls > 0) groups.push_back({" pair ", {{"time", "(us)", 10}}});
+  return groups;
+}
+
+// A line over each group's columns.
+void printTitles(const std::vector<ColumnGroup>& groups) {
   printf("# %8s %9s %5s", "", "", "");
-  for (const char* name : {" dispatch ", " combine "}) {
-    const int dashes = width - static_cast<int>(strlen(name));
-    printf("  %s%s%s", std::string(dashes / 2, '-').c_str(), name, std::string(dashes - dashes / 2, '-').c_str());
+  for (const ColumnGroup& group : groups) {
+    int width = -1;
+    for (const Column& c : group.columns) width += c.width + 1;
+    const int dashes = width - static_cast<int>(strlen(group.title));
+    printf("  %s%s%s", std::string(dashes / 2, '-').c_str(), group.title,
+           std::string(dashes - dashes / 2, '-').c_str());
   }
   printf("\n");
 }
 
-void printHeading(const std::vector<Column>& columns, bool units) {
+void printHeading(const std::vector<ColumnGroup>& groups, bool units) {
   printf("# %8s %9s %5s", units ? "" : "tokens", units ? "" : "rows", units ? "" : "SMs");
-  for (int collective = 0; collective < 2; collective++) {
+  for (const ColumnGroup& group : groups) {
     printf(" ");
-    for (const Column& c : columns) printf(" %*s", c.width, units ? c.unit : c.name);
+    for (const Column& c : group.columns) printf(" %*s", c.width, units ? c.unit : c.name);
   }
   printf("\n");
 }
@@ -166,10 +179,13 @@ void Report::header() {
       "# nccl      time of one group of ncclSend and ncclRecv of the same rows between the same ranks; the counts are\n"
       "#           known and the rows lie in the order of the ranks; own rows, ids and weights do not move;\n"
       "#           /time: that over ours\n#\n");
-  const std::vector<Column> columns = columnsOf(o_);
-  printTitles(columns);
-  printHeading(columns, false);
-  printHeading(columns, true);
+  if (o_.graphCalls > 0)
+    printf("# pair      time of a dispatch and a combine, one after the other: of %d such pairs in a row\n#\n",
+           o_.graphCalls);
+  const std::vector<ColumnGroup> groups = groupsOf(o_);
+  printTitles(groups);
+  printHeading(groups, false);
+  printHeading(groups, true);
   fflush(stdout);
 }
 
@@ -187,6 +203,7 @@ void Report::result(const SizeResult& result) {
   printf("  %8d %9lld %5s", result.nTokens, static_cast<long long>(result.nRows), smsText(result.numSms).c_str());
   printMeasurement(result.dispatch, o_);
   printMeasurement(result.combine, o_);
+  if (o_.graphCalls > 0) printf("  %10s", number(result.pair.us, "%.1f").c_str());
   printf("\n");
   fflush(stdout);
 }
@@ -239,6 +256,9 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                             {"num_sms", r.numSms},
                             {"dispatch", toJson(r.dispatch)},
                             {"combine", toJson(r.combine)}});
+    if (o_.graphCalls > 0)
+      j["results"].back()["pair"] = {
+        {"time_us", r.pair.us}, {"time_us_min", r.pair.usMin}, {"time_us_max", r.pair.usMax}};
   }
   if (o_.checks > 0) j["out_of_bounds"] = wrong;
   std::ofstream file(o_.jsonPath);
