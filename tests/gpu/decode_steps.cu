@@ -1,4 +1,5 @@
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -21,12 +22,13 @@ enum What {
   kWhatBeyond,
   kWhatOut,
   kWhatOutBeyond,
-  kWhatScale
+  kWhatScale,
+  kWhatScaleBeyond
 };
 const char* const kNames[] = {
-  "nothing",   "a received row", "a received weight",      "a received index", "expertCounts",
-  "recvCount", "expertOffsets",  "a row that nobody sent", "a combined row",   "a row beyond the tokens",
-  "a scale"};
+  "nothing",   "a received row",   "a received weight",      "a received index", "expertCounts",
+  "recvCount", "expertOffsets",    "a row that nobody sent", "a combined row",   "a row beyond the tokens",
+  "a scale",   "a scale of no row"};
 
 // Selection k takes its salts from kSaltExpert + 64 * k on; rounds and kinds of rows have salts of their own.
 enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 2048, kSaltRow = 4096 };
@@ -96,7 +98,7 @@ __device__ uint4 packetOf(const Steps& s, unsigned step, int rank, int t, int p,
   const uint64_t h = draw(s, step, rank, t, kSaltRow + kSaltsOfRow * (2 * s.round + rows) + p);
   if (h % 8 == 0) return make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
   const uint64_t other = mix(h);
-  const auto numbers = [](uint32_t bits) { // two BF16 of moderate size
+  const auto numbers = [](uint32_t bits) { // two BF16, or FP16, of moderate size
     return (bits & 0x807f807fu) | ((bits >> 8 & 0x000f000fu) + 0x00760076u) << 7;
   };
   return make_uint4(numbers(static_cast<uint32_t>(h)), numbers(static_cast<uint32_t>(h >> 32)),
@@ -114,9 +116,13 @@ __device__ void complain(const Steps& s, What what, int a, int b) {
   s.fault->b = b;
 }
 
-__device__ float elementOf(const uint4& packet, int i) {
+__device__ float elementOf(const Steps& s, const uint4& packet, int i) {
   const uint32_t word = i / 2 == 0 ? packet.x : i / 2 == 1 ? packet.y : i / 2 == 2 ? packet.z : packet.w;
+  if (s.format.type == ncclFloat16) return __half2float(__ushort_as_half(word >> (16 * (i % 2)) & 0xffffu));
   return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+}
+__device__ float rounded(const Steps& s, float x) {
+  return s.format.type == ncclFloat16 ? __half2float(__float2half_rn(x)) : __bfloat162float(__float2bfloat16_rn(x));
 }
 
 // Packet p of a row, and its block's scale, after the FP8 cast that include/nccl_moe.h describes.
@@ -124,33 +130,50 @@ __device__ uint4 castPacketOf(const Steps& s, unsigned step, int rank, int t, in
   float amax = 0x1p-64f;
   for (int q = p / 8 * 16; q < p / 8 * 16 + 16 && q < s.hidden / 8; q++) {
     const uint4 packet = packetOf(s, step, rank, t, q, kRowsSent);
-    for (int e = 0; e < 8; e++) amax = fmaxf(amax, fabsf(elementOf(packet, e)));
+    for (int e = 0; e < 8; e++) amax = fmaxf(amax, fabsf(elementOf(s, packet, e)));
   }
   *scale = __fdiv_rn(amax, 448.0f);
+  const bool ue8m0 = s.format.quant == ncclMoeQuantFp8Ue8m0;
+  if (ue8m0) *scale = __uint_as_float((__float_as_uint(*scale) + 0x7fffffu) & 0x7f800000u); // a power of two, upwards
   const float factor = __fdiv_rn(448.0f, amax);
   uint32_t words[4] = {};
   const uint4 halves[] = {packetOf(s, step, rank, t, 2 * p, kRowsSent),
                           packetOf(s, step, rank, t, 2 * p + 1, kRowsSent)};
 #pragma unroll
   for (int i = 0; i < 16; i++) {
-    const float x = elementOf(halves[i / 8], i % 8);
-    const uint32_t q = __nv_cvt_float_to_fp8(__fmul_rn(x, factor), __NV_SATFINITE, __NV_E4M3);
+    const float x = elementOf(s, halves[i / 8], i % 8);
+    const float scaled = ue8m0 ? __fdiv_rn(x, *scale) : __fmul_rn(x, factor);
+    const uint32_t q = __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);
     words[i / 4] |= q << (8 * (i % 4));
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Where word w of a row's scales is.
+__device__ long long scaleAt(const Steps& s, long long row, int w) {
+  const int nWords = s.scaleWords();
+  if (s.format.scaleLayout == ncclMoeScaleRowMajor) return row * nWords + w;
+  const bool padded = s.layout == ncclMoeLayoutExpertPadded;
+  const long long ld = padded ? static_cast<long long>(s.nRanks) * s.maxTokens : s.rows();
+  return row / ld * nWords * ld + w * ld + row % ld;
+}
+
+// Of block b; an exponent's word also has those of the blocks beside it, and zeros behind the last one.
+__device__ bool isScale(const Steps& s, long long row, int b, float scale) {
+  if (s.format.quant == ncclMoeQuantFp8) return s.recvScales[scaleAt(s, row, b)] == __float_as_uint(scale);
+  const uint32_t rest = s.recvScales[scaleAt(s, row, b / 4)] >> (8 * (b % 4));
+  const bool last = b == (s.hidden - 1) / 128;
+  return (last ? rest : rest & 0xffu) == __float_as_uint(scale) >> 23;
+}
+
 // By a warp: row `row` of what was received is token t of a rank, as sent; and what the expert makes of it.
 __device__ void checkRow(const Steps& s, unsigned step, long long row, int rank, int t) {
-  const int lane = threadIdx.x & 31, nPackets = s.packetsOfRow(), nReturned = s.hidden / 8, each = s.cast ? 2 : 1;
+  const int lane = threadIdx.x & 31, nPackets = s.packetsOfRow(), nReturned = s.hidden / 8, each = s.cast() ? 2 : 1;
   for (int p = lane; p < nPackets; p += 32) {
     float scale = 0.0f;
-    const uint4 want = s.cast ? castPacketOf(s, step, rank, t, p, &scale) : packetOf(s, step, rank, t, p, kRowsSent);
+    const uint4 want = s.cast() ? castPacketOf(s, step, rank, t, p, &scale) : packetOf(s, step, rank, t, p, kRowsSent);
     if (!same(s.recvX[row * nPackets + p], want)) complain(s, kWhatRow, static_cast<int>(row), p);
-    if (s.cast) {
-      const float got = s.recvScales[row * s.scalesOfRow() + p / 8];
-      if (__float_as_uint(got) != __float_as_uint(scale)) complain(s, kWhatScale, static_cast<int>(row), p / 8);
-    }
+    if (s.cast() && !isScale(s, row, p / 8, scale)) complain(s, kWhatScale, static_cast<int>(row), p / 8);
     for (int q = each * p; q < each * p + each; q++) {
       s.y[row * nReturned + q] = packetOf(s, step, rank, t, q, kRowsReturned);
     }
@@ -192,6 +215,7 @@ __global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
   const int nTokens = tokensOf(s, step, s.rank), nPackets = s.hidden / 8;
   const uint4 poison = make_uint4(kPoison, kPoison, kPoison, kPoison);
   for (long long i = id; i < s.rows() * s.packetsOfRow(); i += stride) s.recvX[i] = poison;
+  for (long long i = id; s.cast() && i < s.rows() * s.scaleWords(); i += stride) s.recvScales[i] = kPoison;
   for (int i = id; i < s.maxTokens * nPackets; i += stride) s.out[i] = poison;
   if (s.layout == ncclMoeLayoutRankMajor) {
     for (long long i = id; i < s.rows() * s.topK; i += stride) s.recvTopkIdx[i] = kPoison;
@@ -288,6 +312,12 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
   for (long long i = (first + n) * nPackets + offset; i < end * nPackets; i += nShares * kThreads) {
     if (!same(s.recvX[i], poison)) complain(s, kWhatBeyond, static_cast<int>(i / nPackets), n);
   }
+  const int nWords = s.cast() ? s.scaleWords() : 0;
+  for (long long i = (first + n) * nWords + offset; i < end * nWords; i += nShares * kThreads) {
+    const long long row = i / nWords;
+    const int w = static_cast<int>(i % nWords);
+    if (s.recvScales[scaleAt(s, row, w)] != kPoison) complain(s, kWhatScaleBeyond, static_cast<int>(row), w);
+  }
   if (threadIdx.x != 0 || share != 0) return;
   if (rankMajor) {
     if (*s.recvCount != n) complain(s, kWhatTotal, *s.recvCount, n);
@@ -334,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 1) checkCombineKernel(Steps s) {
       const uint4 got = out[p], row = packetOf(s, step, s.rank, t, p, kRowsReturned);
 #pragma unroll 1
       for (int e = 0; e < 8; e++) {
-        const float x = elementOf(row, e);
+        const float x = elementOf(s, row, e);
         float total = 0.0f;
 #pragma unroll 1
         for (int r = 0; r < s.nRanks; r++) {
@@ -346,10 +376,10 @@ __global__ void __launch_bounds__(kThreads, 1) checkCombineKernel(Steps s) {
             any = true;
             sum = rankMajor ? x : __fadd_rn(sum, __fmul_rn(weight[k], x));
           }
-          if (any) total = __fadd_rn(total, __bfloat162float(__float2bfloat16_rn(sum)));
+          if (any) total = __fadd_rn(total, rounded(s, sum));
         }
-        const float want = __bfloat162float(__float2bfloat16_rn(total));
-        if (__float_as_uint(elementOf(got, e)) != __float_as_uint(want)) complain(s, kWhatOut, t, p);
+        const float want = rounded(s, total);
+        if (__float_as_uint(elementOf(s, got, e)) != __float_as_uint(want)) complain(s, kWhatOut, t, p);
       }
     }
   }
@@ -376,7 +406,7 @@ __host__ __device__ long long Steps::rows() const {
   if (layout == ncclMoeLayoutRankMajor) return all;
   if (layout == ncclMoeLayoutExpertPadded) return all * nLocal;
   const int most = topK < nLocal ? topK : nLocal;
-  return all * most + static_cast<long long>(nLocal) * (alignment - 1);
+  return (all * most + static_cast<long long>(nLocal) * (alignment - 1) + 3) / 4 * 4; // for scales by columns
 }
 
 size_t Steps::place(char* memory) {
@@ -392,8 +422,8 @@ size_t Steps::place(char* memory) {
   placeOne(memory, &used, &x, tokens * nPackets);
   placeOne(memory, &used, &recvX, nRows * static_cast<size_t>(packetsOfRow()));
   y = recvX;
-  if (cast) placeOne(memory, &used, &y, nRows * nPackets);
-  if (cast) placeOne(memory, &used, &recvScales, nRows * static_cast<size_t>(scalesOfRow()));
+  if (cast()) placeOne(memory, &used, &y, nRows * nPackets);
+  if (cast()) placeOne(memory, &used, &recvScales, nRows * static_cast<size_t>(scaleWords()));
   placeOne(memory, &used, &recvWeights, nRows * nSelections);
   placeOne(memory, &used, &recvTopkIdx, nRows * nSelections);
   placeOne(memory, &used, &recvCount, 1);
@@ -406,7 +436,7 @@ size_t Steps::place(char* memory) {
 ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
   ncclMoeDispatchArgs_t args = NCCL_MOE_DISPATCH_ARGS_INITIALIZER;
   args.x = x;
-  args.type = ncclBfloat16;
+  args.type = format.type;
   args.hidden = hidden;
   args.nTokens = maxTokens;
   args.nTokensDev = nTokens;
@@ -415,8 +445,9 @@ ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
   args.topkWeights = topkWeights;
   if (round > 0) args.flags = NCCL_MOE_KEEP_ROUTING;
   args.recvX = recvX;
-  if (cast) args.quant = ncclMoeQuantFp8;
-  if (cast) args.recvScales = recvScales;
+  args.quant = format.quant;
+  args.scaleLayout = format.scaleLayout;
+  if (cast()) args.recvScales = recvScales;
   args.recvCapacity = rows();
   if (layout == ncclMoeLayoutRankMajor) args.recvTopkIdx = recvTopkIdx;
   if (layout == ncclMoeLayoutExpertMajor) args.expertOffsets = expertOffsets;
@@ -429,7 +460,7 @@ ncclMoeDispatchArgs_t Steps::dispatchArgs() const {
 ncclMoeCombineArgs_t Steps::combineArgs() const {
   ncclMoeCombineArgs_t args = NCCL_MOE_COMBINE_ARGS_INITIALIZER;
   args.x = y;
-  args.type = ncclBfloat16;
+  args.type = format.type;
   args.hidden = hidden;
   if (layout != ncclMoeLayoutRankMajor) args.weights = recvWeights;
   args.out = out;

@@ -19,6 +19,13 @@ namespace moe::test {
 
 constexpr int kMaxStepTopK = 16;
 
+// What dispatch does to the rows, BF16 or FP16 ones without a cast, and how the scales of a cast lie.
+struct StepFormat {
+  ncclDataType_t type = ncclBfloat16;
+  ncclMoeQuant_t quant = ncclMoeQuantNone;
+  ncclMoeScaleLayout_t scaleLayout = ncclMoeScaleRowMajor;
+};
+
 struct StepFault {
   unsigned count;              // of wrong things
   int step, round, what, a, b; // the first
@@ -29,8 +36,8 @@ const char* describeFault(const StepFault& fault, char* text, int bytes);
 struct Steps {
   uint64_t seed;
   int rank, nRanks, nExperts, nLocal; // experts of all ranks, of this one
-  int topK, maxTokens, hidden;        // BF16, at most 32768
-  bool cast;                          // dispatch makes them FP8
+  int topK, maxTokens, hidden;        // at most 32768
+  StepFormat format;
   ncclMoeLayout_t layout;
   int alignment;
   int maxDelayNs; // before each dispatch and before each combine
@@ -46,8 +53,8 @@ struct Steps {
   float* topkWeights;
   uint4* x;
   uint4* recvX;
-  float* recvScales; // with the cast
-  uint4* y;          // what the experts return: in place of recvX, unless cast
+  uint32_t* recvScales; // with a cast
+  uint4* y;             // what the experts return: in place of recvX, unless cast
   float* recvWeights;
   int* recvTopkIdx;
   int* recvCount;
@@ -56,8 +63,13 @@ struct Steps {
   uint4* out;
 
   __host__ __device__ long long rows() const; // of recvX
-  __host__ __device__ int packetsOfRow() const { return hidden / (cast ? 16 : 8); }
-  __host__ __device__ int scalesOfRow() const { return (hidden + 127) / 128; }
+  __host__ __device__ bool cast() const { return format.quant != ncclMoeQuantNone; }
+  __host__ __device__ int packetsOfRow() const { return hidden / (cast() ? 16 : 8); }
+  // Words of a row's scales: FP32, or four exponents each.
+  __host__ __device__ int scaleWords() const {
+    const int perWord = format.quant == ncclMoeQuantFp8Ue8m0 ? 4 : 1;
+    return (hidden + 128 * perWord - 1) / (128 * perWord);
+  }
   // All tensors and the state from one piece of device memory, which may be NULL to learn its size.
   size_t place(char* memory);
   ncclMoeDispatchArgs_t dispatchArgs() const;

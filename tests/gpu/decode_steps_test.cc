@@ -33,7 +33,7 @@ struct Layer {
 
 struct StepShape {
   int nTokens = 40, hidden = 512, topK = 4;
-  bool cast = false;
+  StepFormat format;
   bool twice = false; // each step has a second round, which keeps the routing; not in phases
   ncclMoeLayout_t layout = ncclMoeLayoutExpertPadded;
   int maxDelayNs = 0;
@@ -50,7 +50,7 @@ std::string makeLayer(GpuRank& rank, const World& world, const StepShape& shape,
   s.topK = shape.topK;
   s.maxTokens = shape.nTokens;
   s.hidden = shape.hidden;
-  s.cast = shape.cast;
+  s.format = shape.format;
   s.layout = shape.layout;
   s.alignment = shape.layout == ncclMoeLayoutExpertMajor ? 8 : 1;
   s.maxDelayNs = shape.maxDelayNs;
@@ -122,7 +122,9 @@ std::string checkSteps(GpuRank& rank, const std::vector<Layer>& layers, unsigned
     RANK_CUDA(cudaMemcpyAsync(&fault, steps.fault, sizeof(fault), cudaMemcpyDeviceToHost, rank.stream()));
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     char text[200];
-    RANK_CHECK(fault.count == 0, "%s, layout %d", describeFault(fault, text, sizeof(text)), steps.layout);
+    RANK_CHECK(fault.count == 0, "%s, layout %d, type %d, quant %d, scale layout %d",
+               describeFault(fault, text, sizeof(text)), steps.layout, steps.format.type, steps.format.quant,
+               steps.format.scaleLayout);
     RANK_CHECK(done == nSteps, "%u steps ran instead of %u", done, nSteps);
   }
   return "";
@@ -234,9 +236,11 @@ std::vector<int> unevenPlacement(uint64_t seed, int nRanks) {
   return expertToRank;
 }
 
-// A graph of one step in every layout, with the cast and without, replayed so many times.
+const StepFormat kPlain{}, kCast{ncclBfloat16, ncclMoeQuantFp8, ncclMoeScaleRowMajor};
+
+// A graph of one step in every layout and each of the formats, replayed so many times.
 void graphReplays(const std::vector<int>& sizes, ncclMoeMode_t mode, int nSteps, StepShape shape = StepShape(),
-                  bool uneven = false) {
+                  bool uneven = false, const std::vector<StepFormat>& formats = {kPlain, kCast}) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
   // Rows of several pieces, also after the cast, of which the first brings the map.
@@ -246,12 +250,12 @@ void graphReplays(const std::vector<int>& sizes, ncclMoeMode_t mode, int nSteps,
     job.mode = mode;
     if (uneven) job.expertToRank = unevenPlacement(seed, nRanks);
     for (const ncclMoeLayout_t layout : kLayouts) {
-      for (const bool cast : {false, true}) {
+      for (const StepFormat& format : formats) {
         StepRun r;
         r.nSteps = nSteps;
         r.graph = true;
         shape.layout = layout;
-        shape.cast = cast;
+        shape.format = format;
         r.shapes = {shape};
         job.runs.push_back(r);
       }
@@ -259,8 +263,8 @@ void graphReplays(const std::vector<int>& sizes, ncclMoeMode_t mode, int nSteps,
     ASSERT_EQ(runAll(job), "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
   }
 }
-TEST(GpuDecodeSteps, GraphReplays) { graphReplays({2, 4}, ncclMoeModeLatency, iterations(900)); }
-TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays({2, 4}, ncclMoeModeThroughput, iterations(300)); }
+TEST(GpuDecodeSteps, GraphReplays) { graphReplays({2, 4}, ncclMoeModeLatency, iterations(700)); }
+TEST(GpuDecodeSteps, GraphReplaysInThroughputMode) { graphReplays({2, 4}, ncclMoeModeThroughput, iterations(240)); }
 
 // What the ones above leave out, in fewer steps.  The delays are short: just so long that a call which did not wait for
 // its inputs would be wrong.
@@ -268,6 +272,28 @@ StepShape delayedShape() {
   StepShape shape;
   shape.maxDelayNs = 4000;
   return shape;
+}
+
+// The scales of a last block that is not a whole one, and exponents that do not fill their words.
+StepShape raggedRows() {
+  StepShape shape = delayedShape();
+  shape.hidden = 688;
+  return shape;
+}
+const std::vector<StepFormat>& otherFormats() {
+  static const std::vector<StepFormat> formats = {
+    {ncclFloat16, ncclMoeQuantNone, ncclMoeScaleRowMajor},
+    {ncclBfloat16, ncclMoeQuantFp8, ncclMoeScaleColumnMajor},
+    {ncclBfloat16, ncclMoeQuantFp8Ue8m0, ncclMoeScaleRowMajor},
+    {ncclBfloat16, ncclMoeQuantFp8Ue8m0, ncclMoeScaleColumnMajor},
+  };
+  return formats;
+}
+TEST(GpuDecodeSteps, GraphReplaysOfOtherFormats) {
+  graphReplays({2, 4}, ncclMoeModeLatency, std::min(iterations(100), 3000), raggedRows(), false, otherFormats());
+}
+TEST(GpuDecodeSteps, GraphReplaysOfOtherFormatsInThroughputMode) {
+  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(60), 3000), raggedRows(), false, otherFormats());
 }
 
 // In latency mode the selections of a token take two packets.
@@ -316,7 +342,7 @@ TEST(GpuDecodeSteps, FullSizeRows) {
       shape.hidden = 7168;
       shape.topK = 8;
       shape.layout = kLayouts[i];
-      shape.cast = i == (nRanks == 2 ? 1 : 2);
+      if (i == (nRanks == 2 ? 1 : 2)) shape.format = kCast;
       StepRun r;
       r.nSteps = std::min(iterations(20), 200);
       r.graph = true;
@@ -338,7 +364,7 @@ TEST(GpuDecodeSteps, GraphReplaysOfPhases) {
     r.shapes.resize(3);
     for (int i = 0; i < 3; i++) r.shapes[i].layout = kLayouts[i];
     r.shapes[1].nTokens = 9;
-    r.shapes[1].cast = true;
+    r.shapes[1].format = kCast;
     r.shapes[1].hidden = 2064;
     r.shapes[2].hidden = 1304; // more than a segment, and not a whole number of them
     StepJob job = jobOf(nRanks, seed);
@@ -362,7 +388,7 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
       r.shapes[0].layout = kLayouts[nRanks % 3];
       r.shapes[1].hidden = 2048;
       r.shapes[1].layout = kLayouts[(nRanks + 1) % 3];
-      r.shapes[1].cast = nRanks % 2 == 0;
+      if (nRanks % 2 == 0) r.shapes[1].format = kCast;
       for (StepShape& shape : r.shapes) shape.maxDelayNs = 20000;
       job.runs.push_back(r);
     }
@@ -386,7 +412,7 @@ TEST(GpuDecodeSteps, SlowRanks) {
       for (int i = 0; i < 3; i++) {
         StepShape& shape = r.shapes[i];
         shape.layout = kLayouts[i];
-        shape.cast = cast;
+        if (cast) shape.format = kCast;
         shape.topK = (i == 1) == cast ? 4 : 12;
         shape.maxDelayNs = 300000;
       }

@@ -214,11 +214,27 @@ std::string CallPair::verify() const {
   return combine.verify();
 }
 
-std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue) {
+std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue,
+                    int* mostBlocks) {
   cudaGraph_t captured = nullptr;
   RANK_CUDA(cudaStreamBeginCapture(rank.stream(), cudaStreamCaptureModeThreadLocal));
   RANK_TRY(enqueue());
   RANK_CUDA(cudaStreamEndCapture(rank.stream(), &captured));
+  if (mostBlocks != nullptr) {
+    size_t nNodes = 0;
+    RANK_CUDA(cudaGraphGetNodes(captured, nullptr, &nNodes));
+    std::vector<cudaGraphNode_t> nodes(nNodes);
+    RANK_CUDA(cudaGraphGetNodes(captured, nodes.data(), &nNodes));
+    *mostBlocks = 0;
+    for (cudaGraphNode_t node : nodes) {
+      cudaGraphNodeType type{};
+      RANK_CUDA(cudaGraphNodeGetType(node, &type));
+      if (type != cudaGraphNodeTypeKernel) continue;
+      cudaKernelNodeParams kernel{};
+      RANK_CUDA(cudaGraphKernelNodeGetParams(node, &kernel));
+      *mostBlocks = std::max(*mostBlocks, static_cast<int>(kernel.gridDim.x * kernel.gridDim.y * kernel.gridDim.z));
+    }
+  }
   RANK_CUDA(cudaGraphInstantiate(graph, captured, 0));
   RANK_CUDA(cudaGraphDestroy(captured));
   return "";

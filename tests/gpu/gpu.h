@@ -128,8 +128,9 @@ template <class Case> std::string exchangeOnce(GpuRank& rank, ncclMoeRouting_t r
   return "";
 }
 
-// What is enqueued on the rank's stream, as a graph.
-std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue);
+// What is enqueued on the rank's stream, as a graph.  mostBlocks: takes those of its largest kernel.
+std::string capture(GpuRank& rank, cudaGraphExec_t* graph, const std::function<std::string()>& enqueue,
+                    int* mostBlocks = nullptr);
 
 // Makes selection 2 of a token, on the device, one that it cannot be where there are 16 experts.
 enum class BadExpert : int64_t { repeated = INT64_MIN, past = 16, negative = -2, huge = int64_t{1} << 40 };
