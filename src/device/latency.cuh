@@ -23,8 +23,8 @@
 // KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
 // after it sends nothing.
 //
-// Who sends.  The items to send are shared out among all warps of the grid.  A warp claims its share by an exchange and then
-// sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
+// Who sends.  The items to send are shared out among the sending warps of the grid (Shares).  A warp claims its share by an exchange and
+// then sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
 // one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends whatever nobody has
 // claimed yet, and one that ends leaves its SM to the next: whatever else runs, one resident block is enough for the peers to go on,
 // and once they do, so does this rank.
@@ -62,7 +62,7 @@ __device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.co
 struct Opening {
   unsigned long long calls, dispatches, masked;
   uint32_t failed;
-  int go;
+  int go, reported;
   int nTokens[kMaxDeviceRanks]; // of each rank in the dispatch before
 };
 // By the first warp; the others may look after a barrier.  All loads are under way before the first is waited for.
@@ -72,7 +72,7 @@ __device__ __forceinline__ void open(const LatencyView& v, Opening* opening) {
   const unsigned long long calls = state->calls, dispatches = state->dispatches;
   const unsigned long long masked = *reinterpret_cast<const volatile unsigned long long*>(&v.comm.shared->masked);
   const uint32_t failed = *reinterpret_cast<const volatile uint32_t*>(&control(v.comm)->failed);
-  const int go = state->go;
+  const int go = state->go, reported = state->reported;
   int nTokens[kMaxDeviceRanks / 32];
 #pragma unroll
   for (int i = 0; i < kMaxDeviceRanks / 32; i++) {
@@ -86,6 +86,7 @@ __device__ __forceinline__ void open(const LatencyView& v, Opening* opening) {
   opening->masked = masked;
   opening->failed = failed;
   opening->go = go;
+  opening->reported = reported;
 }
 __device__ __forceinline__ Call callOf(const Opening& opening) {
   Call call;
@@ -149,6 +150,18 @@ __device__ __forceinline__ uint4 loadPicks(const LatencyView& v, unsigned buffer
 __device__ __forceinline__ int pickOfLane(const LatencyView& v, const uint4& picks) {
   const int lane = threadIdx.x & 31;
   return lane < v.layout.topK ? pickOf(picks, lane % kPicksPerPacket) : kNoPick;
+}
+
+// Lane i: values 4 i to 4 i + 3 of the lanes' n.
+__device__ __forceinline__ uint4 packFours(float value, int n) {
+  const int lane = threadIdx.x & 31;
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t bits = __shfl_sync(~0u, __float_as_uint(value), (4 * lane + i) & 31);
+    words[i] = 4 * lane + i < n ? bits : 0u;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet, which lane i
@@ -259,19 +272,24 @@ struct Claim {
   __device__ __forceinline__ bool mine() const { return !silent && __shfl_sync(~0u, before, 0) != mark; }
 };
 
+// The first nWarps warps of the first nBlocks blocks send.
 struct Shares {
   const LatencyView& v;
   uint32_t mark; // of this call: its tag
-  int nItems;
+  int nItems, nBlocks, nWarps;
   bool silent, allTaken = false;
 
-  __device__ __forceinline__ Shares(const LatencyView& view, const Call& call, int items, bool failed)
-    : v(view), mark(call.tag), nItems(items), silent(failed) {}
+  __device__ __forceinline__ Shares(const LatencyView& view, const Call& call, int items, int blocks, int warps,
+                                    bool failed)
+    : v(view), mark(call.tag), nItems(items), nBlocks(blocks), nWarps(warps), silent(failed) {}
   __device__ __forceinline__ uint32_t* claims() const { return reinterpret_cast<uint32_t*>(own(v) + v.layout.claims); }
 
-  // Neighbouring shares go to different SMs.
-  static __device__ __forceinline__ int first() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-  static __device__ __forceinline__ int stride() { return gridDim.x * (blockDim.x / 32); }
+  // This warp's share, or -1.  Neighbouring shares go to different SMs.
+  static __device__ __forceinline__ int first(int nItems, int nBlocks, int nWarps) {
+    const int warp = threadIdx.x / 32, block = blockIdx.x, share = warp * nBlocks + block;
+    return warp < nWarps && block < nBlocks && share < nItems ? share : -1;
+  }
+  __device__ __forceinline__ int stride() const { return nBlocks * nWarps; }
 
   __device__ __forceinline__ Claim claim(int share) const {
     Claim claim{mark, 0, silent};
@@ -281,7 +299,8 @@ struct Shares {
   // One that nobody had claimed a moment ago, or -1.
   __device__ __forceinline__ int unclaimed() {
     if (allTaken) return -1;
-    const int count = min(nItems, stride()), start = first() % count; // shares that have items
+    const int count = min(nItems, stride()); // shares that have items
+    const int start = static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x) % count;
 #pragma unroll 1
     for (int n = 0; n < count; n += 32) {
       const int i = n + (threadIdx.x & 31);

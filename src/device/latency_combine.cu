@@ -4,7 +4,8 @@
 // segments, and with weight gradients unit 0.  A warp adds up this rank's (weighted) rows of the token and stores the sum into the
 // owner's record of plane "this rank"; with EXACT it stores each row into the plane of its selection, with its weight.  With the
 // cast, sums travel as FP8, with the scales of a segment in its extra packets.
-// Receive.  Items: 0 the headers of all ranks; then for each own token its segments.  A warp waits for the packets of all planes
+// Receive.  By the last warps of each block from the start, and by the others when they have sent.  Items: 0 the headers of all ranks; then
+// for each own token its segments.  A warp waits for the packets of all planes
 // that the token has, in groups, adds them in the order of the planes and stores the sum where the caller wants it.
 // See latency.cuh for packets, waits and who sends.
 #include "device/cast.cuh"
@@ -15,6 +16,7 @@ namespace moe {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kSenders = 14; // warps of a block; the others receive from the start
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kPlanes = 3; // registers spill on sm_80 with 4
 #else
@@ -186,16 +188,7 @@ __device__ __forceinline__ void sendGrads(const LatencyCombineArgs& a, const Cal
   if (entry >= 0) {
     grad = a.gradWeights[v.kind == ncclMoeLayoutRankMajor ? static_cast<long long>(entry) * k + lane : entry];
   }
-  uint4 packet{};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t bits = __shfl_sync(~0u, __float_as_uint(grad), (4 * lane + i) & 31);
-    const uint32_t value = 4 * lane + i < k ? bits : 0u;
-    if (i == 0) packet.x = value;
-    if (i == 1) packet.y = value;
-    if (i == 2) packet.z = value;
-    if (i == 3) packet.w = value;
-  }
+  const uint4 packet = packFours(grad, k);
   const bool has = lane < (k + 3) / 4;
   uint4* aux = packets(v.peers[owner], v.layout.record(call.parity, v.comm.rank, t)) + v.layout.aux();
   if (has) storePacket(aux + lane, packet);
@@ -446,12 +439,14 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
 template <class T, bool kCast>
 __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid_constant__ LatencyCombineArgs a) {
   __shared__ Opening opening;
+  __shared__ int nTaken; // of this block's items to receive
   const LatencyView& v = a.view;
+  if (threadIdx.x == 0) nTaken = 0;
   const Shape shape(a);
   awaitKernelBefore();
   if (threadIdx.x < 32) open(v, &opening);
   __syncthreads();
-  if (threadIdx.x == 0 && a.halves.receive) addTicket(&stateOf(v)->calls);
+  if (threadIdx.x == kThreads - 1 && a.halves.receive) addTicket(&stateOf(v)->calls);
   const unsigned long long masked = opening.masked;
   // A failed rank's last dispatch may not have come as far as to say what is in the tensors.
   const bool go = opening.go != 0 && opening.failed == 0;
@@ -461,9 +456,14 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   const Call call = callOf(opening);
   const unsigned buffer = static_cast<unsigned>(opening.dispatches >> kTicketBits) & 1;
   const int nSend = 1 + nRows * shape.nUnits, nReceive = 1 + nTokens * shape.nUnits;
-  Shares shares(v, call, nSend, opening.failed != 0);
-  int share = a.halves.send && Shares::first() < nSend ? Shares::first() : -1;
-  int item = Shares::first(); // to receive
+  Shares shares(v, call, nSend, gridDim.x, kSenders, opening.failed != 0);
+  int share = a.halves.send ? Shares::first(nSend, gridDim.x, kSenders) : -1;
+  const auto takeItem = [&] {
+    int n = 0;
+    if (lane == 0) n = atomicAdd(&nTaken, 1);
+    return __shfl_sync(~0u, n, 0) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  };
+  int item = -1;
   bool stalled = false;
 #pragma unroll 1
   for (bool working = true; working;) {
@@ -471,9 +471,9 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
       const Claim claim = shares.claim(share);
       Outgoing out = fetch(v, shape, opening.nTokens, nRows, share);
 #pragma unroll 1
-      for (int i = share; i < nSend; i += Shares::stride()) {
+      for (int i = share; i < nSend; i += shares.stride()) {
         Outgoing next{};
-        if (i + Shares::stride() < nSend) next = fetch(v, shape, opening.nTokens, nRows, i + Shares::stride());
+        if (i + shares.stride() < nSend) next = fetch(v, shape, opening.nTokens, nRows, i + shares.stride());
         if (!sendItem<T, kCast>(a, call, shape, masked, i, out, claim)) break;
         out = next;
       }
@@ -482,8 +482,9 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
     }
     if (!a.halves.receive) break;
     working = false;
+    if (item < 0) item = takeItem();
 #pragma unroll 1
-    for (; item < nReceive; item += Shares::stride()) {
+    for (; item < nReceive; item = takeItem()) {
       const Progress progress =
         receiveItem<T, kCast>(a, call, shape, masked, buffer, nTokens, item, a.halves.send && !shares.allTaken);
       if (__builtin_expect(progress == Progress::failed, 0)) break;

@@ -3,26 +3,42 @@
 // Send.  Items: 0 the headers; then for each token its unit 0 (its picks to every rank, so that every rank can work out every
 // row's place; to the token's ranks the caller's scales and the weights), then for each token its segments.  Everything goes to
 // fixed places, by source rank and token.
-// Receive.  The last warp of each block waits for the headers; then the block reads the picks of all tokens as they come, and marks
+// Receive.  The last warp of a block waits for the headers; then the block reads the picks of all tokens as they come, and marks
 // and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those follows the place of
 // every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store
 // them where the caller wants them.  The last block, where there are several, tells the caller the counts instead.
+// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do both.
+// In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw headers and picks only once
+// all their rows had gone.  And few senders leave the picks, which go first, a free way.  Receiving blocks that have waited for long send
+// what no sender has claimed.
 // See latency.cuh for packets, waits and who sends.
 #include "device/latency_dispatch_rows.cuh"
 
 namespace moe {
 namespace {
 
+// How many of nBlocks blocks send and do nothing else: as many as send about as fast as the others receive.  A row goes out once and
+// comes in once for each of min(R, K) ranks, and to receive a unit takes half as long again as to send it.
+__device__ __forceinline__ int sendingBlocks(const LatencyView& v, int nBlocks) {
+  return 1 + 2 * nBlocks / (2 + 3 * min(v.comm.nRanks, v.layout.topK));
+}
+
 template <bool kCast>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
   latencyDispatchKernel(const __grid_constant__ LatencyDispatchArgs a) {
   extern __shared__ uint32_t dynamicShared[];
   __shared__ Opening opening;
+  __shared__ int nRows; // that arrive
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
   const int nUnits = 1 + (a.wireBytes + kSegmentPackets * kPacketBytes - 1) / (kSegmentPackets * kPacketBytes);
   const Lists lists(v, dynamicShared);
-  if (a.halves.receive) lists.clear(v);
+  const int nBlocks = gridDim.x, block = blockIdx.x;
+  const bool divided = a.halves.send && a.halves.receive && nBlocks >= 4;
+  const int nSending = divided ? sendingBlocks(v, nBlocks) : nBlocks, firstReceiving = divided ? nSending : 0;
+  const bool receives = a.halves.receive && block >= firstReceiving;
+  if (receives) lists.clear(v);
+  if (threadIdx.x == 0) nRows = 0;
   awaitKernelBefore();
   int nTokens = a.nTokens;
   if (a.keep) {
@@ -31,38 +47,38 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     nTokens = max(0, min(nTokens, *a.nTokensDev));
   }
   const int nItems = 1 + nTokens * nUnits;
-  int share = a.halves.send && Shares::first() < nItems ? Shares::first() : -1;
+  int share = a.halves.send ? Shares::first(nItems, nSending, kDispatchThreads / 32) : -1;
   Outgoing<kCast> out{};
   if (share >= 0) out = fetch<kCast>(a, nTokens, share);
   if (threadIdx.x < 32) open(v, &opening);
-  __syncthreads(); // the first loads of rows are on their way meanwhile
-  if (threadIdx.x == 0 && a.halves.receive) {
+  __syncthreads();                             // the first loads of rows are on their way meanwhile
+  if (threadIdx.x == 32 && a.halves.receive) { // the first warp and the last have other things to do
     addTicket(&state->calls);
     if (!a.keep) addTicket(&state->dispatches);
   }
   const Call call = callOf(opening);
   const unsigned long long masked = opening.masked;
   const unsigned buffer = static_cast<unsigned>((opening.dispatches >> kTicketBits) + (a.keep ? 0 : 1)) & 1;
-  const int nReceivers = max(1, static_cast<int>(gridDim.x) - 1);
-  const bool publisher = blockIdx.x == gridDim.x - 1;
-  int item = threadIdx.x / 32 * nReceivers + blockIdx.x; // to receive
-  int nArrivals = -1;                                    // tokens of all ranks, once all about them is known
+  const int nReceivers = max(1, nBlocks - firstReceiving - 1);
+  const bool publisher = block == nBlocks - 1;
+  int item = threadIdx.x / 32 * nReceivers + block - firstReceiving; // to receive
+  int nArrivals = -1; // tokens of all ranks, once all about them is known
   Arrival<kCast> arrival;
   bool go = false, stalled = false;
-  Shares shares(v, call, nItems, opening.failed != 0);
+  Shares shares(v, call, nItems, nSending, kDispatchThreads / 32, opening.failed != 0);
 #pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
       const Claim claim = shares.claim(share);
 #pragma unroll 1
-      for (int i = share; i < nItems; i += Shares::stride()) {
+      for (int i = share; i < nItems; i += shares.stride()) {
         if (i != out.item) out = fetch<kCast>(a, nTokens, i);
         if (!send<kCast>(a, call, masked, buffer, nTokens, out, claim)) break;
       }
       share = stalled ? shares.unclaimed() : -1;
       if (share >= 0) continue;
     }
-    if (!a.halves.receive) break;
+    if (!receives) break;
     const bool mayStall = a.halves.send && !shares.allTaken;
     if (nArrivals < 0) { // the same in the whole block
       if (stalled) {
@@ -75,8 +91,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 #pragma unroll 1
         for (int r = 0; r < v.comm.nRanks; r++) n += lists.nTokens[r];
         // Its loads are on their way while picks come.
-        if (item < n * nUnits && !(publisher && gridDim.x > 1))
-          arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
+        if (item < n * nUnits && !(publisher && nBlocks > 1)) arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
         progress = gatherPicks(a, call, buffer, n, lists, mayStall);
       }
       if (__builtin_expect(__syncthreads_and(progress == Progress::done) == 0, 0)) {
@@ -88,7 +103,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       nArrivals = n;
       go = fits(a, buffer, lists);
       if (v.kind == ncclMoeLayoutExpertMajor) addOffsets(v, lists);
-      if (publisher && gridDim.x > 1) break;
+      if (publisher && nBlocks > 1) break;
     }
     working = false;
 #pragma unroll 1
@@ -108,7 +123,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       }
     }
   }
-  if (publisher && nArrivals >= 0) publish(a, call, lists, go);
+  if (publisher && nArrivals >= 0) publish(a, call, lists, nArrivals, go, opening.reported != 0, &nRows);
 }
 
 } // namespace

@@ -112,31 +112,56 @@ __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, 
                                                   const Opening& opening, const Lists& lists, bool mayStall) {
   if (gatherer() >= kMaxDeviceRanks) return Progress::done;
   return receiveHeaders(a.view, call, opening.masked, a.signature, gatherer() / 32 * 32, kMaxDeviceRanks, mayStall,
-                        blockIdx.x == 0, [&](int r, const uint4& header) {
+                        blockIdx.x == gridDim.x - 1, [&](int r, const uint4& header) {
                           lists.nTokens[r] = a.keep ? opening.nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
                           lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
                           lists.capacity[r] = header.z;
                         });
 }
 
-// The picks of all ranks' nTokens tokens, as far as this thread looks at them.
+// The picks of all ranks' nTokens tokens, as far as this thread looks at them.  By whole warps.  The next ones are asked for before
+// these are marked.
 __device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, const Call& call, unsigned buffer,
                                                 int nTokens, const Lists& lists, bool mayStall) {
+  constexpr int kAsking = 4; // lanes
   const LatencyView& v = a.view;
-  const int perToken = v.layout.pickPackets;
+  const int perToken = v.layout.pickPackets, n = nTokens * perToken, lane = threadIdx.x & 31;
+  struct Pick {
+    int source = 0, t = 0;
+    const uint4* at = nullptr;
+    uint4 packet{};
+  };
+  const auto ask = [&](int i) {
+    Pick pick;
+    if (i >= n) return pick;
+    pick.t = i / perToken;
+    locate(lists.nTokens, &pick.source, &pick.t);
+    pick.at = packets(own(v), v.layout.pick(buffer, pick.source, pick.t)) + i % perToken;
+    pick.packet = loadPacket(pick.at);
+    return pick;
+  };
+  Pick next = ask(gatherer());
 #pragma unroll 1
-  for (int i = gatherer(); i < nTokens * perToken; i += kDispatchThreads) {
-    int source, t = i / perToken;
-    locate(lists.nTokens, &source, &t);
-    const uint4* at = packets(own(v), v.layout.pick(buffer, source, t)) + i % perToken;
-    uint4 packet;
+  for (int first = gatherer() / 32 * 32; first < n; first += kDispatchThreads) {
+    Pick pick = next;
+    const auto there = [&] { return a.keep || pick.at == nullptr || pick.packet.w == call.tag; };
     const auto ready = [&] {
-      packet = loadPacket(at);
-      return a.keep || packet.w == call.tag;
+      if (there()) return true;
+      pick.packet = loadPacket(pick.at);
+      return false;
     };
-    const Progress progress = await(v.comm, kPhaseHeader, source, call.tag, mayStall, ready);
-    if (progress != Progress::done) return progress;
-    mark(v, lists, packet, source, t);
+#pragma unroll 1
+    for (unsigned missing; (missing = __ballot_sync(~0u, !there())) != 0;) {
+      // Not all lanes: every block wants these lines, and peers write to them.
+      const bool asks = !there() && __popc(missing >> lane) <= kAsking;
+      Progress progress = Progress::done;
+      if (asks) progress = await(v.comm, kPhaseHeader, pick.source, call.tag, mayStall, ready);
+      if (__any_sync(~0u, progress == Progress::failed)) return Progress::failed;
+      if (__any_sync(~0u, progress == Progress::stalled)) return Progress::stalled;
+      if (!there()) pick.packet = loadPacket(pick.at);
+    }
+    next = ask(first + gatherer() % 32 + kDispatchThreads);
+    if (pick.at != nullptr) mark(v, lists, pick.packet, pick.source, pick.t);
   }
   return Progress::done;
 }
@@ -240,24 +265,15 @@ __device__ __forceinline__ void addOffsets(const LatencyView& v, const Lists& li
   __syncthreads();
 }
 
-// Tells the caller the counts, and later calls of the routing what they need.  By one block.
-__device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call& call, const Lists& lists, bool go) {
-  __shared__ int nRows;
+// Tells the caller the counts, and later calls of the routing what they need.  By one block.  reported: of the call before;
+// nRows: in shared memory, 0.
+__device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call& call, const Lists& lists,
+                                        int nArrivals, bool go, bool reported, int* nRows) {
   const LatencyView& v = a.view;
   LatencyState* state = stateOf(v);
-  if (threadIdx.x < 32) {
-    int n = 0;
-    if (v.kind == ncclMoeLayoutRankMajor) {
-      n = lists.total(v.nLocal);
-    } else if (v.kind == ncclMoeLayoutExpertMajor) {
-      n = lists.offsets[v.nLocal];
-    } else {
-#pragma unroll 1
-      for (int l = threadIdx.x; l < v.nLocal; l += 32) n += lists.total(l);
-      n = __reduce_add_sync(~0u, n);
-    }
-    if (threadIdx.x == 0) nRows = n;
-  }
+  const bool tells = threadIdx.x == 0;
+  bool bad = false;
+  if (tells) bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
   unsigned long long* expertTokens = v.comm.shared->expertTokens();
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
 #pragma unroll 1
@@ -266,6 +282,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
     if (a.expertCounts != nullptr) a.expertCounts[l] = n;
     if (v.hostCounts) hostCounts[l] = n;
     if (go && n > 0) atomicAdd(&expertTokens[l], static_cast<unsigned long long>(n));
+    if (v.kind == ncclMoeLayoutExpertPadded) atomicAdd(nRows, n);
   }
   if (a.expertOffsets != nullptr) {
 #pragma unroll 1
@@ -274,20 +291,24 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   if (threadIdx.x < v.comm.nRanks) state->nTokens[threadIdx.x] = lists.nTokens[threadIdx.x];
     // Tokens without a row here are none of combine's.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < v.comm.nRanks * v.layout.maxTokens * v.layout.topK; i += kDispatchThreads) {
-    const int token = i / v.layout.topK;
-    if (!lists.has(v.nLocal, token / v.layout.maxTokens, token % v.layout.maxTokens)) {
-      reinterpret_cast<int*>(own(v) + v.layout.map)[i] = -1;
-    }
+  for (int i = threadIdx.x; i < nArrivals; i += kDispatchThreads) {
+    int source, t = i;
+    locate(lists.nTokens, &source, &t);
+    if (lists.has(v.nLocal, source, t)) continue;
+    int* map = reinterpret_cast<int*>(own(v) + v.layout.map) + (source * v.layout.maxTokens + t) * v.layout.topK;
+#pragma unroll 1
+    for (int k = 0; k < v.layout.topK; k++) map[k] = -1;
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (a.recvCount != nullptr) *a.recvCount = nRows;
+  if (!tells) return;
+  int n = *nRows;
+  if (v.kind == ncclMoeLayoutRankMajor) n = lists.total(v.nLocal);
+  if (v.kind == ncclMoeLayoutExpertMajor) n = lists.offsets[v.nLocal];
+  if (a.recvCount != nullptr) *a.recvCount = n;
   state->go = go ? 1 : 0;
   volatile RoutingOutcome* o = v.outcome;
-  if (v.hostCounts || !go || state->reported != 0) o->nRows = nRows;
-  const bool bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
-  if (go && !bad && state->reported != 0) o->code = kOutcomeOk;
+  if (v.hostCounts || !go || reported) o->nRows = n;
+  if (go && !bad && reported) o->code = kOutcomeOk;
   state->reported = go && !bad ? 0 : 1;
   if (go) return;
   int r = 0;

@@ -19,6 +19,7 @@ static __device__ void reportIndex(const LatencyDispatchArgs& a, const Call& cal
 template <bool kCast> struct Outgoing {
   int item, unit, t;
   long long expert;         // lane k: selection k; -1: none
+  float weight;             // of unit 0, lane k: of selection k
   uint4 raw[kCast ? 4 : 2]; // of a segment
 };
 
@@ -36,7 +37,10 @@ __device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, i
     const size_t at = static_cast<size_t>(out.t) * k + lane;
     out.expert = a.idx64 ? static_cast<const long long*>(a.topkIdx)[at] : static_cast<const int*>(a.topkIdx)[at];
   }
-  if (out.unit == 0) return out;
+  if (out.unit == 0) {
+    if (a.topkWeights != nullptr && lane < k) out.weight = a.topkWeights[static_cast<size_t>(out.t) * k + lane];
+    return out;
+  }
   const int nPackets = a.wireBytes / kPacketBytes, first = (out.unit - 1) * kSegmentPackets + lane;
   const uint4* row = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(out.t) * a.rowBytes);
 #pragma unroll
@@ -53,41 +57,49 @@ __device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, i
   return out;
 }
 
-// Lane k: position and rank of selection k, -1 for none.
-struct Home {
-  int position, rank;
-};
-__device__ __forceinline__ Home homeOf(const LatencyDispatchArgs& a, unsigned buffer, int t, long long expert) {
+// Lane k: where selection k goes, as v.comm.homes has it: the expert's position, and << 16 its rank.
+constexpr uint32_t kNowhere = ~0u;
+__device__ __forceinline__ int positionOf(uint32_t home) {
+  return home == kNowhere ? -1 : static_cast<int>(home & 0xffff);
+}
+__device__ __forceinline__ int rankOf(uint32_t home) { return home == kNowhere ? -1 : static_cast<int>(home >> 16); }
+
+// Its load is under way.  A repeated selection is still there.
+__device__ __forceinline__ uint32_t homeOf(const LatencyDispatchArgs& a, unsigned buffer, int t, long long expert) {
   const LatencyView& v = a.view;
-  const int lane = threadIdx.x & 31;
-  Home home{-1, -1};
   if (a.keep) {
     const int pick = pickOfLane(v, loadPicks(v, buffer, v.comm.rank, t));
-    if (pick != kNoPick) home = Home{pick, v.comm.positionRank[pick]};
-    return home;
+    return pick != kNoPick ? static_cast<uint32_t>(pick | v.comm.positionRank[pick] << 16) : kNowhere;
   }
-  if (expert >= 0 && expert < v.comm.nExperts) {
-    const uint32_t packed = v.comm.homes[expert];
-    home = Home{static_cast<int>(packed & 0xffff), static_cast<int>(packed >> 16)};
-  }
-  const unsigned same = __match_any_sync(~0u, home.position >= 0 ? home.position : -1 - lane);
-  if ((same & ((1u << lane) - 1)) != 0) home = Home{-1, -1}; // repeated
-  return home;
+  return expert >= 0 && expert < v.comm.nExperts ? v.comm.homes[expert] : kNowhere;
 }
 
-// Bit k: selection k is the token's first at a rank that takes part.
-__device__ __forceinline__ unsigned leadersOf(const Home& home, unsigned long long masked) {
+// Takes repeated selections out.  Bit k of the result: selection k is the token's first at a rank that takes part.  Each lane looks at
+// those before its own: __match_any_sync takes half a microsecond where all lanes differ.
+__device__ __forceinline__ unsigned leadersOf(uint32_t* home, int k, unsigned long long masked) {
+  constexpr int kAtATime = 8;
   const int lane = threadIdx.x & 31;
-  const bool there = home.rank >= 0 && (masked >> home.rank & 1) == 0;
-  const unsigned same = __match_any_sync(~0u, there ? home.rank : -1 - lane);
-  return __ballot_sync(~0u, there && lane == __ffs(same) - 1);
+  const uint32_t mine = *home;
+  bool repeated = false, led = false;
+#pragma unroll 1
+  for (int first = 0; first < k; first += kAtATime) {
+#pragma unroll
+    for (int i = first; i < first + kAtATime; i++) {
+      const uint32_t other = __shfl_sync(~0u, mine, i);
+      repeated = repeated || (i < lane && other == mine);
+      led = led || (i < lane && other >> 16 == mine >> 16);
+    }
+  }
+  if (repeated) *home = kNowhere;
+  const int rank = rankOf(mine);
+  return __ballot_sync(~0u, rank >= 0 && !led && (masked >> rank & 1) == 0);
 }
 
 __device__ __forceinline__ void sendPicks(const LatencyDispatchArgs& a, const Call& call, unsigned long long masked,
-                                          unsigned buffer, int t, const Home& home) {
+                                          unsigned buffer, int t, uint32_t home) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
-  const uint32_t pick = home.position >= 0 ? static_cast<uint32_t>(home.position) : kNoPick;
+  const uint32_t pick = home != kNowhere ? home & 0xffff : kNoPick;
   const int bit = 12 * (lane % kPicksPerPacket);
 #pragma unroll 1
   for (int p = 0; p < v.layout.pickPackets; p++) {
@@ -124,14 +136,14 @@ __device__ __forceinline__ uint4 gatherBytes(const char* from, int bytes) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <class Store> __device__ __forceinline__ void forEachRank(unsigned leaders, const Home& home, Store store) {
+template <class Store> __device__ __forceinline__ void forEachRank(unsigned leaders, uint32_t home, Store store) {
   constexpr int kAtATime = 2;
 #pragma unroll 1
   for (unsigned rest = leaders; rest != 0;) {
     const Few<kAtATime> few(&rest);
     int ranks[kAtATime];
 #pragma unroll
-    for (int j = 0; j < kAtATime; j++) ranks[j] = __shfl_sync(~0u, home.rank, few.bit[j]);
+    for (int j = 0; j < kAtATime; j++) ranks[j] = rankOf(__shfl_sync(~0u, home, few.bit[j]));
 #pragma unroll
     for (int j = 0; j < kAtATime; j++) {
       if (j < few.n) store(ranks[j]);
@@ -151,41 +163,13 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
     sendHeaders(v, call, masked, x, a.signature, static_cast<uint32_t>(min(a.capacity, 0xffffffffll)));
     return true;
   }
-  const Home home = homeOf(a, buffer, out.t, out.expert);
-  const unsigned leaders = leadersOf(home, masked);
-  if (!claim.mine()) return false;
-  const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
-  bool looksEmpty = false;
-  if (out.unit == 0) {
-    const int k = v.layout.topK;
-    if (__builtin_expect(!a.keep && out.expert != -1 && home.position < 0, 0)) {
-      const bool inRange = out.expert >= 0 && out.expert < v.comm.nExperts;
-      reportIndex(a, call, inRange ? kOutcomeIndexRepeated : kOutcomeIndexRange, out.t, lane, out.expert);
-    }
-    __syncwarp();
-    if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
-    const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
-    const int nPackets = nScales + (a.topkWeights != nullptr ? (k + 3) / 4 : 0);
-#pragma unroll 1
-    for (int first = 0; first < nPackets; first += 32) {
-      const int p = first + lane;
-      const bool isScale = p < nScales;
-      const char* from = isScale ? a.scales + static_cast<size_t>(out.t) * a.scaleBytes
-                                 : reinterpret_cast<const char*>(a.topkWeights + static_cast<size_t>(out.t) * k);
-      const int at = (isScale ? p : p - nScales) * kPacketBytes;
-      uint4 packet{};
-      if (p < nPackets) packet = gatherBytes(from + at, (isScale ? a.scaleBytes : k * 4) - at);
-      looksEmpty = looksEmpty || isEmpty(packet);
-      forEachRank(leaders, home, [&](int r) {
-        if (p < nPackets) storePacket(record(r) + v.layout.aux() + p, packet);
-      });
-    }
-  } else {
-    const int segment = out.unit - 1, nPackets = a.wireBytes / kPacketBytes;
-    const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
-    uint4 packet[2];
-    uint4 extras{}; // lane i: scales of half i of the segment
-    bool hasExtras = false;
+  const int k = v.layout.topK, segment = out.unit - 1, nPackets = a.wireBytes / kPacketBytes;
+  const int at[2] = {segment * kSegmentPackets + lane, segment * kSegmentPackets + lane + 32};
+  uint32_t home = homeOf(a, buffer, out.t, out.expert);
+  uint4 packet[2] = {};
+  uint4 extras{}; // lane i: scales of half i of the segment
+  bool hasExtras = false;
+  if (out.unit != 0) { // while homes come
     if constexpr (kCast) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -198,6 +182,38 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
     } else {
       packet[0] = out.raw[0], packet[1] = out.raw[1];
     }
+  }
+  const unsigned leaders = leadersOf(&home, k, masked);
+  if (!claim.mine()) return false;
+  const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
+  bool looksEmpty = false;
+  if (out.unit == 0) {
+    if (__builtin_expect(!a.keep && out.expert != -1 && home == kNowhere, 0)) {
+      const bool inRange = out.expert >= 0 && out.expert < v.comm.nExperts;
+      reportIndex(a, call, inRange ? kOutcomeIndexRepeated : kOutcomeIndexRange, out.t, lane, out.expert);
+    }
+    __syncwarp();
+    if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
+    const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
+    const uint4 weights = packFours(out.weight, k);
+    const int nWeights = a.topkWeights != nullptr ? (k + 3) / 4 : 0;
+#pragma unroll 1
+    for (int first = 0; first < nScales; first += 32) {
+      const int p = first + lane, from = p * kPacketBytes;
+      uint4 scales{};
+      if (p < nScales) {
+        scales = gatherBytes(a.scales + static_cast<size_t>(out.t) * a.scaleBytes + from, a.scaleBytes - from);
+      }
+      looksEmpty = looksEmpty || isEmpty(scales);
+      forEachRank(leaders, home, [&](int r) {
+        if (p < nScales) storePacket(record(r) + v.layout.aux() + p, scales);
+      });
+    }
+    looksEmpty = looksEmpty || (lane < nWeights && isEmpty(weights));
+    forEachRank(leaders, home, [&](int r) {
+      if (lane < nWeights) storePacket(record(r) + v.layout.aux() + nScales + lane, weights);
+    });
+  } else {
     forEachRank(leaders, home, [&](int r) {
       uint4* to = record(r);
       if (at[0] < nPackets) storePacket(to + at[0], packet[0]);
