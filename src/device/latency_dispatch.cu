@@ -7,7 +7,7 @@
 // and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those follows the place of
 // every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store
 // them where the caller wants them.  The last block, where there are several, tells the caller the counts instead.
-// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do both.
+// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all that there is to do.
 // In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw headers and picks only once
 // all their rows had gone.  And few senders leave the picks, which go first, a free way.  Receiving blocks that have waited for long send
 // what no sender has claimed.
@@ -17,10 +17,11 @@
 namespace moe {
 namespace {
 
-// How many of nBlocks blocks send and do nothing else: as many as send about as fast as the others receive.  A row goes out once and
-// comes in once for each of min(R, K) ranks, and to receive a unit takes half as long again as to send it.
+// How many of nBlocks blocks send and do nothing else.  A rank sends a row once, to one rank about as fast as to several, and receives one
+// for each of up to min(R, K) ranks, a unit of which takes about half as long again (measured with two and with four ranks).  Eight
+// SMs and more are enough for the link.
 __device__ __forceinline__ int sendingBlocks(const LatencyView& v, int nBlocks) {
-  return 1 + 2 * nBlocks / (2 + 3 * min(v.comm.nRanks, v.layout.topK));
+  return max(1 + 2 * nBlocks / (2 + 3 * min(v.comm.nRanks, v.layout.topK)), min(8, nBlocks / 4));
 }
 
 template <bool kCast>
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
         lists.clear(v);
         __syncthreads();
       }
-      Progress progress = gatherHeaders(a, call, opening, lists, mayStall);
+      Progress progress = gatherHeaders(a, call, opening, lists, mayStall, block == firstReceiving);
       int n = 0;
       if (__syncthreads_and(progress == Progress::done) != 0) {
 #pragma unroll 1

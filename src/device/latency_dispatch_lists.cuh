@@ -8,7 +8,7 @@ namespace moe {
 constexpr int kDispatchThreads = 512; // what leaves the registers that each needs
 static_assert(kDispatchThreads / 32 <= kMaxLatencyWarps, "claims");
 
-// A thread's place among those that gather: the last warps come first, for the first ones have rows to send.
+// A thread's place among those that gather: the last warps come first, for the first ones may have rows to send.
 __device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static_cast<int>(threadIdx.x); }
 
 // What a block knows of the arriving rows, in shared memory.
@@ -107,12 +107,14 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
 }
 
 // The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a token
-// exists to look there, thousands of loads would queue up at the lines that peers write to.  A barrier must follow.
+// exists to look there, thousands of loads would queue up at the lines that peers write to.  A barrier must follow.  counts: as for
+// receiveHeaders.
 __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, const Call& call,
-                                                  const Opening& opening, const Lists& lists, bool mayStall) {
+                                                  const Opening& opening, const Lists& lists, bool mayStall,
+                                                  bool counts) {
   if (gatherer() >= kMaxDeviceRanks) return Progress::done;
   return receiveHeaders(a.view, call, opening.masked, a.signature, gatherer() / 32 * 32, kMaxDeviceRanks, mayStall,
-                        blockIdx.x == gridDim.x - 1, [&](int r, const uint4& header) {
+                        counts, [&](int r, const uint4& header) {
                           lists.nTokens[r] = a.keep ? opening.nTokens[r] : static_cast<int>(header.x & ~kWeightedBit);
                           lists.weighted[r] = (header.x & kWeightedBit) != 0 ? 1 : 0;
                           lists.capacity[r] = header.z;

@@ -190,7 +190,8 @@ TEST(GpuLatencyMode, BetweenTheHalvesTheGpuIsFree) {
   ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-// Rank 0 has one SM, where its blocks run one after the other: the first does what its peer needs.
+// Rank 0 has one SM, where its blocks run one after the other: the first ones do what its peer needs, of a dispatch either by sending
+// alone or, where there are three blocks that do everything, by sending what the others would have sent.
 TEST(GpuLatencyMode, OneSmIsEnough) {
   NEED_GPUS(2);
   constexpr int kCalls = 3, kOccupiedMs = 800;
@@ -224,6 +225,7 @@ TEST(GpuLatencyMode, OneSmIsEnough) {
       for (const DecodeCase& e : cases) {
         dispatches.push_back(std::make_unique<DispatchCall>(*e.reference, rank.rank(), DispatchStyle()));
         combines.push_back(std::make_unique<CombineCall>(*e.reference, e.combine, rank.rank(), false, 0));
+        dispatches.back()->args().numSms = dispatches.size() == 2 ? 3 : 0;
         RANK_TRY(rank.upload(*dispatches.back(), false));
         RANK_TRY(rank.upload(*combines.back(), false));
       }
