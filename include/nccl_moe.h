@@ -30,6 +30,10 @@
  *    child lives, so do copies of its parent's sockets: that the parent has died may then be noticed only after timeoutMs.
  *  - "Stream-ordered" means that the work is enqueued on the stream and the host does not wait.  The host backend has
  *    no streams: it ignores the argument and has done the work when the call returns.
+ *  - On a device, calls of one communicator run one after the other in the order of their enqueuing, whatever their streams: those
+ *    outside of graphs, and those of one capture.  A graph's launch is ordered with everything else, other graphs of
+ *    the communicator included, by the caller's streams alone; if two overlap, both are spoilt.  All ranks launch their
+ *    graphs in the same order.
  *  - From sm_90 on, latency mode's kernels are launched programmatically (cudaLaunchAttributeProgrammaticStreamSerialization)
  *    and wait for the end of the kernel before them.  If that one triggers its dependents early, their blocks may take SMs
  *    that it has left.  If it was itself launched so, it must wait (cudaGridDependencySynchronize) for what came before.
@@ -103,7 +107,7 @@ typedef struct ncclMoeConfig {
   size_t size;
   unsigned int magic;
   unsigned int version;
-  int nExperts;            /* E, 1 to 2^20.  Required. */
+  int nExperts;            /* E, 1 to 2^20, on GPUs to 8192.  Required. */
   int maxTokens;           /* largest T of any rank in any call, 0 to 2^24.  Required. */
   int maxTopK;             /* largest K, 1 to NCCL_MOE_MAX_TOPK.  Required. */
   const int* expertToRank; /* host memory [E], copied: the rank of each expert.  NULL: blocks of consecutive experts,
@@ -190,8 +194,9 @@ ncclResult_t pncclMoeCommDestroy(ncclMoeComm_t moe);
 ncclResult_t ncclMoeCommAbort(ncclMoeComm_t moe);
 ncclResult_t pncclMoeCommAbort(ncclMoeComm_t moe);
 
-/* *asyncError: ncclSuccess, or the first error that enqueued work met (timeout, dead peer, abort: final; receive buffer
- * too small: until the routing's next dispatch).  The sentence is in ncclMoeGetLastError(moe).  Local, does not wait.
+/* *asyncError: ncclSuccess, or the first error that enqueued work met.  A timeout, a dead peer, an abort and ranks whose
+ * arguments differ are final; a receive buffer that is too small and a bad expert id hold until the routing's next
+ * dispatch, also one in a graph, so ask before that.  The sentence is in ncclMoeGetLastError(moe).  Local, does not wait.
  * Errors: ncclInvalidArgument. */
 ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
@@ -206,8 +211,8 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable; waits
  * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
  * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
- * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs captured before
- * may be launched again.
+ * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs of latency mode's calls
+ * captured before may be launched again; those of throughput mode's would wait for the masked ranks until their timeout.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or has
  * combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'),
  * ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),
@@ -222,7 +227,8 @@ typedef struct ncclMoeCommStats {
   unsigned int magic;
   unsigned int version;
   uint64_t* waitNs; /* host memory [R] or NULL: nanoseconds for which this rank's calls waited for each rank to begin
-                           * the same call.  The straggler is the one that the others wait for */
+                           * the same call, the one or two microseconds of the message's flight and this rank's own
+                           * start included: compare ranks.  The straggler is the one that the others wait for */
   uint64_t* expertTokens; /* host memory [L] or NULL: tokens that came for each local expert */
   uint64_t leftOut;       /* selections that combine left out, for their ranks were masked */
 } ncclMoeCommStats_t;
@@ -289,8 +295,8 @@ ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRouting
 /* Makes the object that remembers which rows went where: written by dispatch, read by combine and by later dispatches
  * that keep it.  All memory is taken here.  Collective with the same config on every rank; synchronises the host; not
  * capturable.  A routing serves one dispatch-combine pair at a time; use one per layer or micro-batch in flight.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (ranks differ, ranks are masked, too many), ncclUnhandledCudaError,
- * ncclSystemError, ncclRemoteError. */
+ * Errors: ncclInvalidArgument (on GPUs also: ranks differ), ncclInvalidUsage (host backend: ranks differ; ranks are masked),
+ * ncclUnhandledCudaError, ncclSystemError, ncclRemoteError. */
 ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 ncclResult_t pncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 
@@ -304,8 +310,8 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
  * expertCounts, if not NULL, takes [L] rows per local expert without padding.  Local; needs hostCounts; not capturable.
  * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.
  * Returns that dispatch's error where it failed, also when the receive buffer was too small (*nRows is then the size
- * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet, hostCounts not asked for), ncclRemoteError.
- */
+ * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
+ * captured in a graph, whose counts are in device memory alone; it was SEND_ONLY and is not completed), ncclRemoteError. */
 ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 
@@ -385,7 +391,8 @@ typedef struct ncclMoeDispatchArgs {
 
 /* Sends each token's row, once per rank, to the ranks that hold its experts, and delivers it there in the routing's
  * layout. Collective (hidden, type, quant, scaleBytes, flags and which of topkWeights and scales are given: the same on
- * every rank; the host backend checks that and names what differs); stream-ordered; may be captured in a CUDA graph,
+ * every rank, which the host backend checks, naming what differs; nTokens, nTokensDev, capacities and numSms are each rank's own);
+ * stream-ordered; may be captured in a CUDA graph,
  * and what a replay reads from topkIdx and nTokensDev may change.  With KEEP_ROUTING, T must be the kept dispatch's.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
  * ncclUnhandledCudaError. */
@@ -447,7 +454,7 @@ ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t 
 /* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode stores
  * them in this half, throughput mode may in the first one: nothing may use them from that on.  Between the two halves
  * nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
- * every rank; stream-ordered, on any stream; may be captured together with its first half. Errors: ncclInvalidArgument,
+ * every rank; stream-ordered, on any stream; both halves belong into one capture, or neither into any. Errors: ncclInvalidArgument,
  * ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 ncclResult_t pncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);

@@ -15,6 +15,9 @@
 // header.)  A header comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers
 // of picks: dispatch n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
 //
+// A bad index is reported (badCall) with a fence before the token's picks are stored; the block that tells the host looks when it has seen all
+// picks of its own rank, so it sees the report.
+//
 // What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch
 // brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore)
 // before it reads anything, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
@@ -119,6 +122,17 @@ template <int N> struct Few {
     }
   }
 };
+
+// A row of the caller's, not kept in L1.  Not through the read-only path (loadOnce): where kernels overlap, the one that writes the row may
+// still run when this one begins.
+__device__ __forceinline__ uint4 loadInput(const uint4* ptr) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(ptr)
+               : "memory");
+  return v;
+}
 
 // ----------------------------------------------------------------------------------------------------- packets ----
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
     const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (place.has[i]) sum[i] = loadOnce(row + place.at[i]);
+      if (place.has[i]) sum[i] = loadInput(row + place.at[i]);
     }
   } else {
     float acc[2][kElems] = {};
@@ -76,7 +76,7 @@ __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call&
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          if (place.has[i]) raw[j][i] = loadOnce(row + place.at[i]);
+          if (place.has[i]) raw[j][i] = loadInput(row + place.at[i]);
         }
       }
 #pragma unroll
@@ -127,7 +127,8 @@ __device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const C
         if (j >= few.n) continue;
         const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
         const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
-        if (place.has[i]) raw[j][0] = loadOnce(row + 2 * place.at[i]), raw[j][1] = loadOnce(row + 2 * place.at[i] + 1);
+        if (place.has[i])
+          raw[j][0] = loadInput(row + 2 * place.at[i]), raw[j][1] = loadInput(row + 2 * place.at[i] + 1);
       }
 #pragma unroll
       for (int j = 0; j < kRowsAtATime; j++) {
@@ -171,7 +172,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (!place.has[i]) continue;
-      const uint4 packet = loadOnce(row + place.at[i]);
+      const uint4 packet = loadInput(row + place.at[i]);
       storePacket(record + place.at[i], packet);
       looksEmpty = looksEmpty || isEmpty(packet);
     }

@@ -6,9 +6,9 @@
 // Receive.  The last warp of a block waits for the headers; then the block reads the picks of all tokens as they come, and marks
 // and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those follows the place of
 // every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store
-// them where the caller wants them.  The last block, where there are several, tells the caller the counts instead.
-// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all that there is to do.
-// In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw headers and picks only once
+// them where the caller wants them.  The last block tells the caller the counts, and mostly receives no rows.
+// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all
+// that there is to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw headers and picks only once
 // all their rows had gone.  And few senders leave the picks, which go first, a free way.  Receiving blocks that have waited for long send
 // what no sender has claimed.
 // See latency.cuh for packets, waits and who sends.
@@ -16,6 +16,14 @@
 
 namespace moe {
 namespace {
+
+constexpr int kDispatchWarps = kDispatchThreads / 32;
+
+// How many of the nBlocks blocks that wait for nItems receive rows: but for the last, which tells the caller the counts, if the others can
+// take them all at once or if one block less hardly matters.
+__device__ __forceinline__ int receivingBlocks(int nBlocks, int nItems) {
+  return nBlocks >= 32 || (nBlocks > 1 && nItems <= (nBlocks - 1) * kDispatchWarps) ? nBlocks - 1 : nBlocks;
+}
 
 // How many of nBlocks blocks send and do nothing else.  A rank sends a row once, to one rank about as fast as to several, and receives one
 // for each of up to min(R, K) ranks, a unit of which takes about half as long again (measured with two and with four ranks).  Eight
@@ -48,7 +56,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     nTokens = max(0, min(nTokens, *a.nTokensDev));
   }
   const int nItems = 1 + nTokens * nUnits;
-  int share = a.halves.send ? Shares::first(nItems, nSending, kDispatchThreads / 32) : -1;
+  int share = a.halves.send ? Shares::first(nItems, nSending, kDispatchWarps) : -1;
   Outgoing<kCast> out{};
   if (share >= 0) out = fetch<kCast>(a, nTokens, share);
   if (threadIdx.x < 32) open(v, &opening);
@@ -60,13 +68,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const Call call = callOf(opening);
   const unsigned long long masked = opening.masked;
   const unsigned buffer = static_cast<unsigned>((opening.dispatches >> kTicketBits) + (a.keep ? 0 : 1)) & 1;
-  const int nReceivers = max(1, nBlocks - firstReceiving - 1);
-  const bool publisher = block == nBlocks - 1;
-  int item = threadIdx.x / 32 * nReceivers + block - firstReceiving; // to receive
-  int nArrivals = -1; // tokens of all ranks, once all about them is known
+  int nArrivals = -1;            // tokens of all ranks, once all about them is known
+  int nReceivers = 0, item = -1; // to receive
   Arrival<kCast> arrival;
   bool go = false, stalled = false;
-  Shares shares(v, call, nItems, nSending, kDispatchThreads / 32, opening.failed != 0);
+  Shares shares(v, call, nItems, nSending, kDispatchWarps, opening.failed != 0);
 #pragma unroll 1
   for (bool working = true; working;) {
     if (share >= 0) {
@@ -91,8 +97,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       if (__syncthreads_and(progress == Progress::done) != 0) {
 #pragma unroll 1
         for (int r = 0; r < v.comm.nRanks; r++) n += lists.nTokens[r];
+        nReceivers = receivingBlocks(nBlocks - firstReceiving, n * nUnits);
+        item = threadIdx.x / 32 * nReceivers + block - firstReceiving;
+        if (block - firstReceiving >= nReceivers) item = n * nUnits; // it only tells
         // Its loads are on their way while picks come.
-        if (item < n * nUnits && !(publisher && nBlocks > 1)) arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
+        if (item < n * nUnits) arrival = Arrival<kCast>(a, call, buffer, lists, item, n);
         progress = gatherPicks(a, call, buffer, n, lists, mayStall);
       }
       if (__builtin_expect(__syncthreads_and(progress == Progress::done) == 0, 0)) {
@@ -104,11 +113,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       nArrivals = n;
       go = fits(a, buffer, lists);
       if (v.kind == ncclMoeLayoutExpertMajor) addOffsets(v, lists);
-      if (publisher && nBlocks > 1) break;
+      if (block == nBlocks - 1) publish(a, call, lists, n, go, opening.reported != 0, &nRows);
     }
     working = false;
 #pragma unroll 1
-    for (; item < nArrivals * nUnits; item += nReceivers * (kDispatchThreads / 32)) {
+    for (; item < nArrivals * nUnits; item += nReceivers * kDispatchWarps) {
       if (arrival.item != item) arrival = Arrival<kCast>(a, call, buffer, lists, item, nArrivals);
       arrival.completePicks(a, call, buffer);
       const Places places = findPlaces(a, lists, arrival.picks, arrival.source, arrival.t);
@@ -124,7 +133,6 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       }
     }
   }
-  if (publisher && nArrivals >= 0) publish(a, call, lists, nArrivals, go, opening.reported != 0, &nRows);
 }
 
 } // namespace

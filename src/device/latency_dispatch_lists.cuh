@@ -8,7 +8,8 @@ namespace moe {
 constexpr int kDispatchThreads = 512; // what leaves the registers that each needs
 static_assert(kDispatchThreads / 32 <= kMaxLatencyWarps, "claims");
 
-// A thread's place among those that gather: the last warps come first, for the first ones may have rows to send.
+// A thread's place among those that gather: the last warps come first, for where there are few blocks the
+// first ones have rows to send.
 __device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static_cast<int>(threadIdx.x); }
 
 // What a block knows of the arriving rows, in shared memory.

@@ -48,10 +48,10 @@ __device__ __forceinline__ Outgoing<kCast> fetch(const LatencyDispatchArgs& a, i
     const int at = first + 32 * i;
     if (at >= nPackets) continue;
     if constexpr (kCast) {
-      out.raw[2 * i] = loadOnce(row + 2 * at);
-      out.raw[2 * i + 1] = loadOnce(row + 2 * at + 1);
+      out.raw[2 * i] = loadInput(row + 2 * at);
+      out.raw[2 * i + 1] = loadInput(row + 2 * at + 1);
     } else {
-      out.raw[i] = loadOnce(row + at);
+      out.raw[i] = loadInput(row + at);
     }
   }
   return out;
