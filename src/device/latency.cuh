@@ -123,17 +123,6 @@ template <int N> struct Few {
   }
 };
 
-// A row of the caller's, not kept in L1.  Not through the read-only path (loadOnce): where kernels overlap, the one that writes the row may
-// still run when this one begins.
-__device__ __forceinline__ uint4 loadInput(const uint4* ptr) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(ptr)
-               : "memory");
-  return v;
-}
-
 // ----------------------------------------------------------------------------------------------------- packets ----
 
 constexpr uint32_t kEmptyWord = kEmptyByte * 0x01010101u;

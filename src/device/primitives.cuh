@@ -41,6 +41,16 @@ __device__ __forceinline__ uint4 loadOnce(const uint4* ptr) {
                : "l"(ptr));
   return v;
 }
+// A row of the caller's, not kept in L1.  Not through the read-only path (loadOnce): where kernels overlap, the one that writes the row may
+// still run when this one begins.
+__device__ __forceinline__ uint4 loadInput(const uint4* ptr) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(ptr)
+               : "memory");
+  return v;
+}
 // A row's vector to this rank's memory or a peer's: the compiler, which does not know that it is global, would store generically.
 __device__ __forceinline__ void storeVector(uint4* ptr, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
