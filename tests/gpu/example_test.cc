@@ -1,4 +1,4 @@
-// The example layer compares itself with the layer without parallelism; here it does so on the GPUs there are.
+// The examples compare themselves with a computation without parallelism; here they do so on the GPUs there are.
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -27,15 +27,17 @@ int runProgram(const std::string& command, std::string* output) {
   return pclose(pipe);
 }
 
-void runLayer(const std::string& options) {
-  const std::string program = programPath("megatron_layer");
+// says: what it prints if all is right.
+void runExample(const char* name, const std::string& options, const char* says) {
+  const std::string program = programPath(name);
   struct stat found {};
-  if (stat(program.c_str(), &found) != 0)
-    GTEST_SKIP() << "megatron_layer was not built, for want of libnccl.so or cuBLAS";
+  if (stat(program.c_str(), &found) != 0) GTEST_SKIP() << name << " was not built, for want of libnccl.so or cuBLAS";
   std::string output;
   EXPECT_EQ(runProgram(program + options, &output), 0) << output;
-  EXPECT_NE(output.find("the layer is right"), std::string::npos) << output;
+  EXPECT_NE(output.find(says), std::string::npos) << output;
 }
+void runLayer(const std::string& options) { runExample("megatron_layer", options, "the layer is right"); }
+void runDecodeStep(const std::string& options) { runExample("decode_step", options, "every output is right"); }
 
 TEST(GpuExample, LayerOnOneGpu) {
   NEED_GPUS(1);
@@ -57,6 +59,16 @@ TEST(GpuExample, LayerWithManyTokens) {
 TEST(GpuExample, LayerWithFewTokensAndManyExperts) {
   NEED_GPUS(1);
   runLayer(" -t 5 -e 37 -k 3 -s 7");
+}
+
+TEST(GpuExample, DecodeStepOnOneGpu) {
+  NEED_GPUS(1);
+  runDecodeStep(" -g 1");
+}
+
+TEST(GpuExample, DecodeStepOnAllGpus) {
+  NEED_GPUS(2);
+  runDecodeStep(" -n 100 -s 7");
 }
 
 } // namespace
