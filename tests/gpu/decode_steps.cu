@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kThreads = 128; // few, so that they find room beside another rank's kernels
 constexpr uint32_t kEmpty = 0xa5a5a5a5u, kPoison = 0x5b5b5b5bu;
+// In BF16 -0.203125, twice, and 448.  Where that is a block's largest element, the cast makes 0xa5 of the former, and
+// does so in the block's positive multiples; a rank's sums are multiples of what experts return.
+constexpr uint32_t kEmptyOnceCast = 0xbe50be50u, k448 = 0x43e0u;
 enum What {
   kWhatRow = 1,
   kWhatWeight,
@@ -23,12 +26,13 @@ enum What {
   kWhatOut,
   kWhatOutBeyond,
   kWhatScale,
-  kWhatScaleBeyond
+  kWhatScaleBeyond,
+  kWhatGrad
 };
 const char* const kNames[] = {
-  "nothing",   "a received row",   "a received weight",      "a received index", "expertCounts",
-  "recvCount", "expertOffsets",    "a row that nobody sent", "a combined row",   "a row beyond the tokens",
-  "a scale",   "a scale of no row"};
+  "nothing",   "a received row",    "a received weight",      "a received index", "expertCounts",
+  "recvCount", "expertOffsets",     "a row that nobody sent", "a combined row",   "a row beyond the tokens",
+  "a scale",   "a scale of no row", "a gradient of a weight"};
 
 // Selection k takes its salts from kSaltExpert + 64 * k on; rounds and kinds of rows have salts of their own.
 enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 2048, kSaltRow = 4096 };
@@ -95,14 +99,23 @@ __device__ uint32_t weightOf(const Steps& s, unsigned step, int rank, int t, int
 }
 
 __device__ uint4 packetOf(const Steps& s, unsigned step, int rank, int t, int p, Rows rows) {
-  const uint64_t h = draw(s, step, rank, t, kSaltRow + kSaltsOfRow * (2 * s.round + rows) + p);
-  if (h % 8 == 0) return make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-  const uint64_t other = mix(h);
+  const int salt = kSaltRow + kSaltsOfRow * (2 * s.round + rows);
+  const uint64_t h = draw(s, step, rank, t, salt + p);
+  const bool cast = rows == kRowsReturned && s.format.castSums;
+  // Where sums are cast, two packets become one: both look empty, or neither.
+  const uint64_t emptiness = cast ? draw(s, step, rank, t, salt + p / 2 * 2) : h;
+  const uint32_t empty = cast ? kEmptyOnceCast : kEmpty;
+  uint4 packet = make_uint4(empty, empty, empty, empty);
   const auto numbers = [](uint32_t bits) { // two BF16, or FP16, of moderate size
     return (bits & 0x807f807fu) | ((bits >> 8 & 0x000f000fu) + 0x00760076u) << 7;
   };
-  return make_uint4(numbers(static_cast<uint32_t>(h)), numbers(static_cast<uint32_t>(h >> 32)),
-                    numbers(static_cast<uint32_t>(other)), numbers(static_cast<uint32_t>(other >> 32)));
+  if (emptiness % 8 != 0) {
+    const uint64_t other = mix(h);
+    packet = make_uint4(numbers(static_cast<uint32_t>(h)), numbers(static_cast<uint32_t>(h >> 32)),
+                        numbers(static_cast<uint32_t>(other)), numbers(static_cast<uint32_t>(other >> 32)));
+  }
+  if (cast && p % 16 == 0) packet.x = (packet.x & 0xffff0000u) | k448;
+  return packet;
 }
 
 __device__ bool same(const uint4& a, const uint4& b) { return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w; }
@@ -147,6 +160,21 @@ __device__ uint4 castPacketOf(const Steps& s, unsigned step, int rank, int t, in
     words[i / 4] |= q << (8 * (i % 4));
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// By a warp, of which sixteen lanes hold a block: a sum of a rank as its owner gets it, after the cast.
+__device__ void castAndBack(float (&sum)[8]) {
+  float amax = 0x1p-64f;
+#pragma unroll
+  for (int e = 0; e < 8; e++) amax = fmaxf(amax, fabsf(sum[e]));
+#pragma unroll
+  for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  const float scale = __fdiv_rn(amax, 448.0f), factor = __fdiv_rn(448.0f, amax);
+#pragma unroll
+  for (int e = 0; e < 8; e++) {
+    const __nv_fp8_storage_t q = __nv_cvt_float_to_fp8(__fmul_rn(sum[e], factor), __NV_SATFINITE, __NV_E4M3);
+    sum[e] = __fmul_rn(__half2float(__half(__nv_cvt_fp8_to_halfraw(q, __NV_E4M3))), scale);
+  }
 }
 
 // Where word w of a row's scales is.
@@ -217,6 +245,9 @@ __global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
   for (long long i = id; i < s.rows() * s.packetsOfRow(); i += stride) s.recvX[i] = poison;
   for (long long i = id; s.cast() && i < s.rows() * s.scaleWords(); i += stride) s.recvScales[i] = kPoison;
   for (int i = id; i < s.maxTokens * nPackets; i += stride) s.out[i] = poison;
+  for (int i = id; s.format.withGrads && i < s.maxTokens * s.topK; i += stride) {
+    s.gradTopkWeights[i] = __uint_as_float(kPoison);
+  }
   if (s.layout == ncclMoeLayoutRankMajor) {
     for (long long i = id; i < s.rows() * s.topK; i += stride) s.recvTopkIdx[i] = kPoison;
   }
@@ -344,9 +375,12 @@ __global__ void __launch_bounds__(kThreads, 1) checkCombineKernel(Steps s) {
   const bool rankMajor = s.layout == ncclMoeLayoutRankMajor;
   const int nTokens = *s.nTokens, nPackets = s.hidden / 8, lane = threadIdx.x & 31;
   const int nWarps = gridDim.x * (kThreads / 32);
+  const bool hasGrad = s.format.withGrads && lane < s.topK;
   for (int t = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; t < s.maxTokens; t += nWarps) {
     const uint4* out = s.out + static_cast<long long>(t) * nPackets;
+    const uint32_t grad = hasGrad ? __float_as_uint(s.gradTopkWeights[t * s.topK + lane]) : 0u;
     if (t >= nTokens) {
+      if (hasGrad && grad != kPoison) complain(s, kWhatGrad, t, lane);
       for (int p = lane; p < nPackets; p += 32) {
         if (!same(out[p], make_uint4(kPoison, kPoison, kPoison, kPoison))) complain(s, kWhatOutBeyond, t, p);
       }
@@ -360,25 +394,38 @@ __global__ void __launch_bounds__(kThreads, 1) checkCombineKernel(Steps s) {
       home[k] = all.expert[k] < 0 ? -1 : s.experts[all.expert[k]].x;
       weight[k] = home[k] < 0 ? 0.0f : __uint_as_float(weightOf(s, step, s.rank, t, k));
     }
-    for (int p = lane; p < nPackets; p += 32) {
-      const uint4 got = out[p], row = packetOf(s, step, s.rank, t, p, kRowsReturned);
-#pragma unroll 1
-      for (int e = 0; e < 8; e++) {
-        const float x = elementOf(s, row, e);
-        float total = 0.0f;
-#pragma unroll 1
-        for (int r = 0; r < s.nRanks; r++) {
-          float sum = 0.0f;
-          bool any = false;
+    if (hasGrad) {
+      const uint32_t want = all.at(lane) < 0 ? 0u : weightOf(s, step, s.rank, t, lane);
+      if (grad != want) complain(s, kWhatGrad, t, lane);
+    }
+    for (int first = 0; first < nPackets; first += 32) {
+      const int p = first + lane;
+      const bool has = p < nPackets; // the others add zeros, for the cast wants all lanes
+      const uint4 row = has ? packetOf(s, step, s.rank, t, p, kRowsReturned) : uint4{};
+      float x[8], total[8] = {};
 #pragma unroll
-          for (int k = 0; k < kMaxStepTopK; k++) {
-            if (home[k] != r) continue;
-            any = true;
-            sum = rankMajor ? x : __fadd_rn(sum, __fmul_rn(weight[k], x));
-          }
-          if (any) total = __fadd_rn(total, rounded(s, sum));
+      for (int e = 0; e < 8; e++) x[e] = elementOf(s, row, e);
+#pragma unroll 1
+      for (int r = 0; r < s.nRanks; r++) {
+        float sum[8] = {};
+        bool any = false;
+#pragma unroll
+        for (int k = 0; k < kMaxStepTopK; k++) {
+          if (home[k] != r) continue;
+          any = true;
+#pragma unroll
+          for (int e = 0; e < 8; e++) sum[e] = rankMajor ? x[e] : __fadd_rn(sum[e], __fmul_rn(weight[k], x[e]));
         }
-        const float want = rounded(s, total);
+        if (!any) continue;
+        if (s.format.castSums) castAndBack(sum);
+#pragma unroll
+        for (int e = 0; e < 8; e++) total[e] = __fadd_rn(total[e], s.format.castSums ? sum[e] : rounded(s, sum[e]));
+      }
+      if (!has) continue;
+      const uint4 got = out[p];
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        const float want = rounded(s, total[e]);
         if (__float_as_uint(elementOf(s, got, e)) != __float_as_uint(want)) complain(s, kWhatOut, t, p);
       }
     }
@@ -430,6 +477,7 @@ size_t Steps::place(char* memory) {
   placeOne(memory, &used, &expertCounts, static_cast<size_t>(nLocal));
   placeOne(memory, &used, &expertOffsets, static_cast<size_t>(nLocal) + 1);
   placeOne(memory, &used, &out, tokens * nPackets);
+  if (format.withGrads) placeOne(memory, &used, &gradTopkWeights, tokens * nSelections);
   return used;
 }
 
@@ -464,6 +512,12 @@ ncclMoeCombineArgs_t Steps::combineArgs() const {
   args.hidden = hidden;
   if (layout != ncclMoeLayoutRankMajor) args.weights = recvWeights;
   args.out = out;
+  if (format.castSums) args.quant = ncclMoeQuantFp8;
+  if (format.withGrads) {
+    args.withGradWeights = 1;
+    args.gradWeights = recvWeights;
+    args.gradTopkWeights = gradTopkWeights;
+  }
   return args;
 }
 

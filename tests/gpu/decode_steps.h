@@ -3,7 +3,8 @@
 // Everything about a step follows from (seed, step, rank): the number of tokens, the selections, the weights, the rows,
 // and what an expert makes of a token's row, the same whichever it is.  So every rank knows what it must receive and
 // what it must get back.
-// One in eight packets of a row, and of the weights, looks like an empty packet of the latency kernels.
+// One in eight packets of a row, and of the weights, looks like an empty packet of the latency kernels.  Where sums are
+// cast, what experts return looks so after the cast, if the weights' sum is positive.
 //
 // The kernels that make a call's inputs let the call's kernel begin before they store anything: one that did not wait
 // for them would send what the step before left there.
@@ -19,11 +20,14 @@ namespace moe::test {
 
 constexpr int kMaxStepTopK = 16;
 
-// What dispatch does to the rows, BF16 or FP16 ones without a cast, and how the scales of a cast lie.
+// What dispatch does to the rows, BF16 or FP16 ones without a cast, and how the scales of a cast lie; and what combine
+// does beside adding.
 struct StepFormat {
   ncclDataType_t type = ncclBfloat16;
   ncclMoeQuant_t quant = ncclMoeQuantNone;
   ncclMoeScaleLayout_t scaleLayout = ncclMoeScaleRowMajor;
+  bool castSums = false;  // sums travel as FP8: BF16, and latency mode, only
+  bool withGrads = false; // the weights go back as their own gradients
 };
 
 struct StepFault {
@@ -61,6 +65,7 @@ struct Steps {
   int* expertCounts;
   int* expertOffsets;
   uint4* out;
+  float* gradTopkWeights; // with gradients
 
   __host__ __device__ long long rows() const; // of recvX
   __host__ __device__ bool cast() const { return format.quant != ncclMoeQuantNone; }

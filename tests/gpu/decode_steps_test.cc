@@ -122,9 +122,9 @@ std::string checkSteps(GpuRank& rank, const std::vector<Layer>& layers, unsigned
     RANK_CUDA(cudaMemcpyAsync(&fault, steps.fault, sizeof(fault), cudaMemcpyDeviceToHost, rank.stream()));
     RANK_CUDA(cudaStreamSynchronize(rank.stream()));
     char text[200];
-    RANK_CHECK(fault.count == 0, "%s, layout %d, type %d, quant %d, scale layout %d",
+    RANK_CHECK(fault.count == 0, "%s, layout %d, type %d, quant %d, scale layout %d, sums %s",
                describeFault(fault, text, sizeof(text)), steps.layout, steps.format.type, steps.format.quant,
-               steps.format.scaleLayout);
+               steps.format.scaleLayout, steps.format.castSums ? "cast" : "as they are");
     RANK_CHECK(done == nSteps, "%u steps ran instead of %u", done, nSteps);
   }
   return "";
@@ -280,20 +280,27 @@ StepShape raggedRows() {
   shape.hidden = 688;
   return shape;
 }
-const std::vector<StepFormat>& otherFormats() {
-  static const std::vector<StepFormat> formats = {
-    {ncclFloat16, ncclMoeQuantNone, ncclMoeScaleRowMajor},
+std::vector<StepFormat> otherFormats(ncclMoeMode_t mode) {
+  StepFormat half, sums = kCast;
+  half.type = ncclFloat16;
+  half.withGrads = true;
+  sums.castSums = true;
+  std::vector<StepFormat> formats = {
+    half,
     {ncclBfloat16, ncclMoeQuantFp8, ncclMoeScaleColumnMajor},
     {ncclBfloat16, ncclMoeQuantFp8Ue8m0, ncclMoeScaleRowMajor},
     {ncclBfloat16, ncclMoeQuantFp8Ue8m0, ncclMoeScaleColumnMajor},
   };
+  if (mode == ncclMoeModeLatency) formats.push_back(sums);
   return formats;
 }
 TEST(GpuDecodeSteps, GraphReplaysOfOtherFormats) {
-  graphReplays({2, 4}, ncclMoeModeLatency, std::min(iterations(100), 3000), raggedRows(), false, otherFormats());
+  graphReplays({2, 4}, ncclMoeModeLatency, std::min(iterations(80), 2400), raggedRows(), false,
+               otherFormats(ncclMoeModeLatency));
 }
 TEST(GpuDecodeSteps, GraphReplaysOfOtherFormatsInThroughputMode) {
-  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(60), 3000), raggedRows(), false, otherFormats());
+  graphReplays({3}, ncclMoeModeThroughput, std::min(iterations(60), 3000), raggedRows(), false,
+               otherFormats(ncclMoeModeThroughput));
 }
 
 // In latency mode the selections of a token take two packets.

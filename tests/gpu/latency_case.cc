@@ -161,6 +161,15 @@ DecodeCase makeDecode(uint64_t seed, const DecodeShape& shape) {
   return e;
 }
 
+DispatchStyle styleInGraph(const DecodeShape& shape, const DecodeCase& e, int rank) {
+  DispatchStyle style;
+  style.tokensDev = true;
+  const int perToken = shape.layout == ncclMoeLayoutRankMajor ? 1 : shape.topK;
+  const int64_t most = int64_t{shape.nRanks} * shape.nTokens * perToken + 8 * shape.alignment;
+  style.slack = static_cast<int>((most + 3) / 4 * 4 - e.reference->rowsNeeded(rank));
+  return style;
+}
+
 std::vector<std::string> runDecodeRanks(const World& world, const DecodeRun& run, const DecodeBody& body) {
   const int nDevices = gpuCount();
   return runGpuRanks(run.nRanks, run.as, run.timeLimitMs, [&](int r, std::shared_ptr<Meeting> meeting) -> std::string {

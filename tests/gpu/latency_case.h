@@ -35,6 +35,9 @@ struct DecodeCase {
   CombineProblem combine;
 };
 DecodeCase makeDecode(uint64_t seed, const DecodeShape& shape);
+// For a graph, which keeps the host's number of tokens, the capacity, and with that the places of column-major scales:
+// as many rows as there can be.
+DispatchStyle styleInGraph(const DecodeShape& shape, const DecodeCase& e, int rank);
 
 // Runs ranks on the GPUs there are.  Those of one GPU leave room for each other and for what else a test runs.
 struct DecodeRun {

@@ -1,5 +1,5 @@
-// Latency mode beside other work: both modes on one communicator, two routings on two streams, the order of the
-// caller's streams, memory.
+// Latency mode beside other work: both modes on one communicator and in one graph, two routings on two streams, the
+// order of the caller's streams, memory.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -11,21 +11,31 @@
 namespace moe::test {
 namespace {
 
+DecodeShape prefillOf(int nRanks) {
+  DecodeShape shape;
+  shape.nRanks = nRanks;
+  shape.nTokens = 600; // more than latency mode serves
+  shape.hidden = 128;
+  shape.layout = ncclMoeLayoutExpertMajor;
+  shape.alignment = 16;
+  return shape;
+}
+DecodeShape decodeOf(int nRanks) {
+  DecodeShape shape;
+  shape.nRanks = nRanks;
+  shape.nTokens = 64;
+  shape.quant = ncclMoeQuantFp8;
+  shape.weighted = true;
+  return shape;
+}
+
 // ncclMoeModeAuto serves prefill and decode from one communicator, their calls on one stream or on two.
 TEST(GpuLatencyMode, BothModesAlternate) {
   NEED_GPUS(1);
   constexpr int kRounds = 10;
   const uint64_t seed = testSeed();
   for (const int nRanks : {2, 3}) {
-    DecodeShape prefill, decode;
-    prefill.nRanks = decode.nRanks = nRanks;
-    prefill.nTokens = 600; // more than latency mode serves
-    prefill.hidden = 128;
-    prefill.layout = ncclMoeLayoutExpertMajor;
-    prefill.alignment = 16;
-    decode.nTokens = 64;
-    decode.quant = ncclMoeQuantFp8;
-    decode.weighted = true;
+    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
     DecodeRun run;
     run.nRanks = nRanks;
     run.mode = ncclMoeModeAuto;
@@ -66,6 +76,123 @@ TEST(GpuLatencyMode, BothModesAlternate) {
         RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
         rank.forget();
       }
+      return "";
+    });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
+constexpr size_t kPiece = size_t{2} << 20; // more than any of their tensors: a graph finds them where they were
+
+// All ranks' graphs are there before any of them runs, for a rank might wait for another's kernels to make its own.
+std::string captureAll(GpuRank& rank, Meeting& meeting, int nRanks, cudaGraphExec_t* graph,
+                       const std::function<std::string()>& enqueue) {
+  RANK_TRY(capture(rank, graph, enqueue));
+  RANK_CUDA(cudaGraphUpload(*graph, rank.stream()));
+  RANK_CUDA(cudaStreamSynchronize(rank.stream()));
+  return meetAll(rank, meeting, nRanks);
+}
+
+// Decode steps are replayed from a graph, on the stream on which prefills are enqueued: between a prefill's dispatch
+// and its combine, or between two prefills.
+TEST(GpuLatencyMode, GraphBetweenCallsOfThroughputMode) {
+  NEED_GPUS(1);
+  constexpr int kRounds = 10, kCalls = 4; // of the two prefills of a round
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 3}) {
+    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
+    DecodeRun run;
+    run.nRanks = nRanks;
+    run.mode = ncclMoeModeAuto;
+    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+      ncclMoeRouting_t large = nullptr, small = nullptr;
+      const ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
+      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
+      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
+      cudaGraphExec_t graph = nullptr;
+      Random order(seed);
+      for (int round = 0; round < kRounds; round++) {
+        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
+        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), prefill);
+        const DecodeCase c = makeDecode(seed + 200 + static_cast<uint64_t>(round), decode);
+        rank.forget(kPiece);
+        CallPair callsA(rank, a), callsB(rank, b), callsC(rank, c, styleInGraph(decode, c, rank.rank()));
+        RANK_TRY(callsC.upload(rank, true)); // before the others: always to the same addresses
+        RANK_TRY(callsA.upload(rank, round % 3 == 0));
+        RANK_TRY(callsB.upload(rank, round % 3 == 1));
+        if (graph == nullptr) {
+          RANK_TRY(captureAll(rank, meeting, nRanks, &graph, [&] { return callsC.enqueue(rank, small); }));
+        }
+        const int behind = pick(order, 1, kCalls - 1);
+        for (int call = 0; call < kCalls; call++) {
+          const CallPair& calls = call < 2 ? callsA : callsB;
+          if (call == behind) RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+          if (call % 2 == 0) {
+            RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), large, rank.comm(), rank.stream()), rank.comm());
+          } else {
+            RANK_OK(ncclMoeCombine(&calls.combine.args(), large, rank.comm(), rank.stream()), rank.comm());
+          }
+        }
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        const std::string where = format("in round %d, the graph behind %d calls: ", round, behind);
+        for (const CallPair* calls : {&callsA, &callsB, &callsC}) {
+          const std::string bad = calls->verify();
+          if (!bad.empty()) return where + (calls == &callsC ? "decode: " : "prefill: ") + bad;
+        }
+        int64_t nRows = 0;
+        RANK_OK(ncclMoeRoutingGetCounts(large, rank.comm(), &nRows, nullptr), rank.comm());
+        RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+      }
+      RANK_CUDA(cudaGraphExecDestroy(graph));
+      return "";
+    });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
+// A graph that holds calls of either mode, a decode step between a prefill's dispatch and its combine.
+TEST(GpuLatencyMode, GraphOfBothModes) {
+  NEED_GPUS(1);
+  constexpr int kReplays = 10;
+  const uint64_t seed = testSeed();
+  for (const int nRanks : {2, 3}) {
+    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
+    DecodeRun run;
+    run.nRanks = nRanks;
+    run.mode = ncclMoeModeAuto;
+    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+      ncclMoeRouting_t large = nullptr, small = nullptr;
+      ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
+      largeConfig.hostCounts = smallConfig.hostCounts = 0; // so that the kernels of the throughput dispatch overlap
+      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
+      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
+      cudaGraphExec_t graph = nullptr;
+      for (int replay = 0; replay < kReplays; replay++) {
+        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(replay), prefill);
+        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(replay), decode);
+        rank.forget(kPiece);
+        CallPair callsA(rank, a, styleInGraph(prefill, a, rank.rank()));
+        CallPair callsB(rank, b, styleInGraph(decode, b, rank.rank()));
+        RANK_TRY(callsA.upload(rank, nRanks == 2)); // or else by way of the windows
+        RANK_TRY(callsB.upload(rank, false));
+        if (graph == nullptr) {
+          RANK_TRY(captureAll(rank, meeting, nRanks, &graph, [&]() -> std::string {
+            RANK_OK(ncclMoeDispatch(&callsA.dispatch.args(), large, rank.comm(), rank.stream()), rank.comm());
+            RANK_TRY(callsB.enqueue(rank, small));
+            RANK_OK(ncclMoeCombine(&callsA.combine.args(), large, rank.comm(), rank.stream()), rank.comm());
+            return "";
+          }));
+        }
+        RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+        RANK_TRY(asyncIs(rank, ncclSuccess));
+        RANK_TRY(rank.download());
+        for (const CallPair* calls : {&callsA, &callsB}) {
+          const std::string bad = calls->verify();
+          if (!bad.empty()) return format("in replay %d, %s: ", replay, calls == &callsA ? "prefill" : "decode") + bad;
+        }
+      }
+      RANK_CUDA(cudaGraphExecDestroy(graph));
       return "";
     });
     ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";

@@ -346,14 +346,8 @@ TEST(GpuLatencyMode, GraphReplaysWithChangingRoutings) {
       cudaGraphExec_t graph = nullptr;
       for (int replay = 0; replay < kReplays; replay++) {
         const DecodeCase e = makeDecode(seed + 31 * static_cast<uint64_t>(replay), shape);
-        DispatchStyle style;
+        DispatchStyle style = styleInGraph(shape, e, rank.rank());
         style.flags = inPhases ? NCCL_MOE_SEND_ONLY : 0u;
-        style.tokensDev = true; // the graph keeps the host's number
-        // As many rows as there can be: the graph keeps the capacity, and so do the places of column-major scales.
-        const int64_t most =
-          int64_t{kRanks} * shape.nTokens * (shape.layout == ncclMoeLayoutRankMajor ? 1 : shape.topK) +
-          8 * shape.alignment;
-        style.slack = static_cast<int>((most + 3) / 4 * 4 - e.reference->rowsNeeded(rank.rank()));
         rank.forget(kPiece);
         CallPair calls(rank, e, style);
         RANK_TRY(calls.upload(rank, true));
