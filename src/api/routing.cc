@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "api/entry.h"
+#include "comm/limits.h"
 
 namespace moe {
 namespace {
@@ -36,7 +37,7 @@ ncclResult_t loadRoutingConfig(const ncclMoeComm& comm, const ncclMoeRoutingConf
   }
   if (config->maxTokens == 0) config->maxTokens = comm.config.maxTokens;
   if (config->expertAlignment == 0) config->expertAlignment = 1;
-  return ncclSuccess;
+  return latencyRefusal(comm.config, comm.nRanks, config->maxTokens, function);
 }
 
 } // namespace

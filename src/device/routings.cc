@@ -9,7 +9,7 @@
 namespace moe {
 
 size_t DeviceBackend::windowBytes(const ncclMoeRoutingConfig_t& config) const {
-  if (servedByLatency(config_, moe_.nRanks, config.maxTokens, config.topK)) {
+  if (servedByLatency(config_, moe_.nRanks, config.maxTokens)) {
     return latencyLayout(config_, moe_.nRanks, config.maxTokens, config.topK).bytes;
   }
   return RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
@@ -22,10 +22,10 @@ ncclResult_t DeviceBackend::routingMemoryNeeded(const ncclMoeRoutingConfig_t& co
 
 ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceRouting& state) {
   const int nLocal = config_.nLocal[moe_.rank];
-  const bool latency = servedByLatency(config_, moe_.nRanks, c.maxTokens, c.topK);
+  const bool latency = servedByLatency(config_, moe_.nRanks, c.maxTokens);
   if (!latency) state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
   const long long perExpert = static_cast<long long>(moe_.nRanks) * c.maxTokens + c.expertAlignment - 1;
-  ncclResult_t result = latencyRefusal(config_, moe_.nRanks, c.maxTokens, c.topK);
+  ncclResult_t result = ncclSuccess;
   if (c.layout != ncclMoeLayoutRankMajor && perExpert * nLocal > INT32_MAX) {
     result =
       fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);

@@ -240,6 +240,47 @@ TEST(Arguments, Routing) {
     "");
 }
 
+// The host backend has the bounds of latency mode on GPUs, in the same words, and in no other mode.
+TEST(Arguments, ShapesThatLatencyModeCannotServe) {
+  // (L+1) * (R * (ceil(maxTokens/32) + 1) + 1) + E + 6R ints, at most 24576: with one rank and 4 experts 5 * 4913 + 10.
+  constexpr int kMostTokens = 4911 * 32;
+  struct Bad {
+    int nExperts, maxTokens;
+    const char* mentions;
+  };
+  EXPECT_EQ(runOne([](Rank& rank) -> std::string {
+              for (const Bad& bad : {Bad{4095, 32, "config.nExperts 4095 , 4094 ,ncclMoeModeLatency"},
+                                     Bad{kExperts, kMostTokens + 1, "config.maxTokens 157153, 98320 bytes, 98304 "}}) {
+                for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {
+                  const ncclMoeConfig_t config = [&] {
+                    ncclMoeConfig_t c = makeConfig(bad.nExperts, bad.maxTokens, kTopK, 64, 5000 * kSlow);
+                    c.mode = mode;
+                    return c;
+                  }();
+                  const std::string url = rank.rendezvous() + std::to_string(bad.nExperts) + std::to_string(mode);
+                  ncclMoeComm_t comm = nullptr;
+                  ncclMoeRouting_t routing = nullptr;
+                  size_t bytes = 0;
+                  RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, url.c_str(), &config), nullptr);
+                  ncclMoeRoutingConfig_t bound = goodRouting(kExpertMajor);
+                  if (mode == ncclMoeModeLatency) {
+                    RANK_RESULT(ncclMoeRoutingMemoryNeeded(comm, &bound, &bytes), ncclInvalidUsage, comm, bad.mentions);
+                    RANK_RESULT(ncclMoeRoutingCreate(&routing, comm, &bound), ncclInvalidUsage, comm, bad.mentions);
+                    RANK_CHECK(bytes == 0 && routing == nullptr);
+                    if (bad.nExperts == kExperts) bound.maxTokens = kMostTokens;
+                  }
+                  if (mode != ncclMoeModeLatency || bad.nExperts == kExperts) {
+                    RANK_OK(ncclMoeRoutingMemoryNeeded(comm, &bound, &bytes), comm);
+                    RANK_OK(ncclMoeRoutingCreate(&routing, comm, &bound), comm);
+                  }
+                  RANK_OK(ncclMoeCommDestroy(comm), nullptr);
+                }
+              }
+              return "";
+            }),
+            "");
+}
+
 TEST(Arguments, CommunicatorAndMemory) {
   EXPECT_EQ(runOne([](Rank& rank) -> std::string {
               int version = 0;
