@@ -95,6 +95,8 @@ class DeviceBackend final : public Backend {
 
   // routings.cc
   size_t windowBytes(const ncclMoeRoutingConfig_t& config) const;
+  // An error where this rank would get more rows than an int counts.
+  ncclResult_t rowsRefusal(const ncclMoeRoutingConfig_t& config, const char* function) const;
   ncclResult_t routingMake(const ncclMoeRoutingConfig_t& config, DeviceRouting& state);
 
   // calls.cc

@@ -66,6 +66,10 @@ TEST(Arguments, Init) {
       RANK_RESULT(ncclMoeCommMemoryNeeded(nullptr, 2, &bytes), ncclInvalidArgument, nullptr, "config");
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 0, &bytes), ncclInvalidArgument, nullptr, "nRanks");
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, nullptr), ncclInvalidArgument, nullptr, "bytes");
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 65, &bytes), ncclInvalidUsage, nullptr, "65 ranks, 64 ");
+      ncclMoeConfig_t many = goodConfig();
+      many.nExperts = 8193;
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&many, 2, &bytes), ncclInvalidUsage, nullptr, "config.nExperts 8193, 8192 ");
 #ifdef NCCL_MOE_NO_CUDA
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, &bytes), ncclInvalidUsage, nullptr, "host memory only");
 #else
