@@ -111,6 +111,12 @@ MOE_API ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeCo
     if (routing->config.hostCounts == 0) {
       return fail(ncclInvalidUsage, "%s: the routing was made without hostCounts", function);
     }
+    // On host memory they could be had, but not where the same routing lies on a GPU.
+    if (routing->phase == ncclMoeRouting::Phase::dispatchSent &&
+        servedByLatency(moe->config, moe->nRanks, routing->config.maxTokens)) {
+      return fail(ncclInvalidUsage, "%s: in latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete",
+                  function);
+    }
     return moe->backend->routingGetCounts(*routing, nRows, expertCounts);
   });
 }

@@ -285,6 +285,44 @@ TEST(Arguments, ShapesThatLatencyModeCannotServe) {
             "");
 }
 
+// Between the halves of a dispatch there are counts in throughput mode alone, as on a GPU.
+TEST(Arguments, CountsBetweenTheHalves) {
+  EXPECT_EQ(runOne([](Rank& rank) -> std::string {
+              for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {
+                for (const int maxTokens : {512, 513}) {
+                  ncclMoeConfig_t config = makeConfig(kExperts, maxTokens, kTopK, 64, 5000 * kSlow);
+                  config.mode = mode;
+                  const std::string url = rank.rendezvous() + std::to_string(maxTokens) + std::to_string(mode);
+                  ncclMoeComm_t comm = nullptr;
+                  ncclMoeRouting_t routing = nullptr;
+                  RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, url.c_str(), &config), nullptr);
+                  ncclMoeRoutingConfig_t routingConfig = goodRouting(kExpertMajor);
+                  routingConfig.hostCounts = 1;
+                  RANK_OK(ncclMoeRoutingCreate(&routing, comm, &routingConfig), comm);
+                  const Tensors t;
+                  ncclMoeDispatchArgs_t args = t.dispatch();
+                  args.flags = NCCL_MOE_SEND_ONLY;
+                  RANK_OK(ncclMoeDispatch(&args, routing, comm, nullptr), comm);
+                  int64_t nRows = -1;
+                  if (mode == ncclMoeModeThroughput || (mode == ncclMoeModeAuto && maxTokens == 513)) {
+                    RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
+                    RANK_CHECK(nRows == kRows);
+                  } else {
+                    RANK_RESULT(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), ncclInvalidUsage, comm,
+                                "SEND_ONLY,ncclMoeComplete");
+                    RANK_CHECK(nRows == -1);
+                  }
+                  RANK_OK(ncclMoeComplete(routing, comm, nullptr), comm);
+                  RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
+                  RANK_CHECK(nRows == kRows);
+                  RANK_OK(ncclMoeCommDestroy(comm), nullptr);
+                }
+              }
+              return "";
+            }),
+            "");
+}
+
 TEST(Arguments, CommunicatorAndMemory) {
   EXPECT_EQ(runOne([](Rank& rank) -> std::string {
               int version = 0;
