@@ -32,6 +32,8 @@ struct DeviceRouting : RoutingState {
   RoutingOutcome* outcome = nullptr;       // in the communicator's host memory
   UniqueEvent counted;                     // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
+
+  const char* mode() const { return latency != nullptr ? "latency" : "throughput"; } // for logs and traces
 };
 
 class DeviceBackend final : public Backend {

@@ -65,8 +65,9 @@ ncclResult_t DeviceBackend::routingCreate(ncclMoeRouting& routing) {
   MOECHECK(nobodyMasked("ncclMoeRoutingCreate"));
   auto state = std::make_unique<DeviceRouting>();
   MOECHECK(routingMake(routing.config, *state));
-  MOE_INFO("MoE routing %d: rank %d, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
-           routing.config.topK, routing.config.maxTokens, routing.config.layout, windowBytes(routing.config) >> 10);
+  MOE_INFO("MoE routing %d: rank %d, %s mode, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
+           state->mode(), routing.config.topK, routing.config.maxTokens, routing.config.layout,
+           windowBytes(routing.config) >> 10);
   std::lock_guard<std::mutex> lock(liveMutex_);
   live_.push_back(state.get());
   routing.state = std::move(state);
