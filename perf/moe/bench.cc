@@ -73,7 +73,7 @@ class RankRun {
   ncclResult_t makeComm(const Shape& largest) {
     ncclMoeConfig_t config = NCCL_MOE_CONFIG_INITIALIZER;
     config.nExperts = o_.experts;
-    config.maxTokens = largest.nTokens;
+    config.maxTokens = largest.maxTokens;
     config.maxTopK = o_.topK;
     config.maxRowBytes = std::max(largest.sendRowBytes(), largest.combineRowBytes());
     config.mode = o_.mode;
@@ -206,7 +206,7 @@ class RankRun {
 
     ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
     config.topK = shape.topK;
-    config.maxTokens = nTokens;
+    config.maxTokens = shape.maxTokens;
     config.layout = shape.layout;
     config.expertAlignment = shape.align;
     ncclMoeRouting_t handle = nullptr;

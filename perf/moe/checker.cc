@@ -73,7 +73,7 @@ ncclResult_t poison(Device& device, void* tensor, size_t bytes) {
 ncclResult_t checkScaleColumns(Device& device, const Buffers& b, const Case& c, int64_t* wrong) {
   const Shape& s = c.shape;
   const bool padded = s.layout == ncclMoeLayoutExpertPadded;
-  const int64_t ld = padded ? int64_t{s.nRanks} * s.nTokens : c.capacity;
+  const int64_t ld = padded ? int64_t{s.nRanks} * s.maxTokens : c.capacity;
   const int64_t nPlanes = padded ? nLocalExperts(s, c.rank) : 1;
   const int64_t words = s.scaleBytes / 4;
   std::vector<uint8_t> expected(static_cast<size_t>(nPlanes * words * ld) * 4, static_cast<uint8_t>(poisonByte));

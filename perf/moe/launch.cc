@@ -154,11 +154,19 @@ int countGpusApart() {
   return WEXITSTATUS(state);
 }
 
+#ifdef NCCL_MOE_NO_CUDA
+constexpr char whyNoGpu[] = "this build has no CUDA part";
+#else
+constexpr char whyNoGpu[] = "CUDA finds no GPU on this machine";
+#endif
+
 // Decides between the backends; cuda without a GPU is an error.
 ncclResult_t resolveDevice(const Options& o, int nGpus, bool* cuda) {
   *cuda = o.device == DeviceKind::cuda || (o.device == DeviceKind::automatic && nGpus > 0);
-  if (*cuda && nGpus == 0) return perfFail(ncclInvalidUsage, "--device cuda: this machine or this build has no CUDA");
+  if (*cuda && nGpus == 0) return perfFail(ncclInvalidUsage, "--device cuda: %s", whyNoGpu);
   if (!*cuda && o.rivalNccl) return perfFail(ncclInvalidArgument, "--rival nccl is for --device cuda");
+  if (!*cuda && o.combineQuant != ncclMoeQuantNone)
+    return perfFail(ncclInvalidArgument, "--combine-quant is for --device cuda");
   if (!*cuda && o.gpus != 1)
     return perfFail(ncclInvalidArgument, "-g is for --device cuda; the host backend's ranks are processes: -r");
   return ncclSuccess;

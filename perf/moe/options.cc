@@ -22,6 +22,7 @@ enum LongOption {
   optDevice,
   optHidden,
   optTopK,
+  optRoutingTokens,
   optExperts,
   optLayout,
   optAlign,
@@ -56,6 +57,7 @@ const option longOptions[] = {
   {"device", required_argument, nullptr, optDevice},
   {"hidden", required_argument, nullptr, optHidden},
   {"topk", required_argument, nullptr, optTopK},
+  {"routing-tokens", required_argument, nullptr, optRoutingTokens},
   {"experts", required_argument, nullptr, optExperts},
   {"layout", required_argument, nullptr, optLayout},
   {"align", required_argument, nullptr, optAlign},
@@ -153,6 +155,8 @@ const Choice<bool> memories[] = {{"library", true}, {"plain", false}};
 ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
   if (o.maxTokens < o.minTokens)
     return perfFail(ncclInvalidArgument, "-e (%d) is below -b (%d)", o.maxTokens, o.minTokens);
+  if (o.routingTokens != 0 && o.routingTokens < o.maxTokens)
+    return perfFail(ncclInvalidArgument, "--routing-tokens (%d) is below the last T, %d", o.routingTokens, o.maxTokens);
   if (o.topK > o.experts && o.routing.kind != RoutingKind::file)
     return perfFail(ncclInvalidArgument, "--topk (%d) is above --experts (%d)", o.topK, o.experts);
   if (o.layout == ncclMoeLayoutRankMajor && weightsGiven && o.weightsInside)
@@ -162,6 +166,8 @@ ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
     return perfFail(ncclInvalidArgument, "--exact needs --layout expert or padded");
   if (o.combineQuant != ncclMoeQuantNone && (o.exact || (o.type != ncclBfloat16 && o.type != ncclMoeFloat8e4m3)))
     return perfFail(ncclInvalidArgument, "--combine-quant casts sums to bfloat16, and not with --exact");
+  if (o.combineQuant != ncclMoeQuantNone && o.mode == ncclMoeModeThroughput)
+    return perfFail(ncclInvalidArgument, "--combine-quant is for latency mode, not --mode throughput");
   if (o.layout != ncclMoeLayoutExpertMajor && o.align != 1)
     return perfFail(ncclInvalidArgument, "--align needs --layout expert");
   if (o.quant != ncclMoeQuantNone && o.type != ncclBfloat16)
@@ -216,6 +222,8 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
     return toInt(opt, arg, 1, 1 << 24, &o->hidden);
   case optTopK:
     return toInt(opt, arg, 1, NCCL_MOE_MAX_TOPK, &o->topK);
+  case optRoutingTokens:
+    return toInt(opt, arg, 0, maxTokens, &o->routingTokens);
   case optExperts:
     return toInt(opt, arg, 1, 1 << 20, &o->experts);
   case optLayout:
@@ -368,6 +376,8 @@ const char* usageText() {
          "  -e, --maxTokens N         last T (-b's)\n"
          "  -f, --stepfactor N        T is multiplied by N (2)\n"
          "  -i, --step N              or N is added to it\n"
+         "      --routing-tokens N    the routing is made for N tokens of each rank, as a server's is, whatever T (0: "
+         "T)\n"
          "      --hidden N            elements of a row (7168)\n"
          "      --topk N              experts of a token (8)\n"
          "      --experts N           experts of all ranks (256)\n"
@@ -380,7 +390,7 @@ const char* usageText() {
          "      --weights W           inside, outside: who applies the top-k weights (inside, outside for layout "
          "rank)\n"
          "      --exact               combine rounds once (NCCL_MOE_EXACT)\n"
-         "      --combine-quant Q     none, fp8: how combine's sums travel; latency mode only (none)\n"
+         "      --combine-quant Q     none, fp8: how combine's sums travel; cuda and latency mode only (none)\n"
          "      --num-sms N,N...      SMs of a call, each size with every N (0: the library's choice)\n"
          "      --mode M              auto, throughput, latency\n"
          "      --memory M            library (ncclMoeMemAlloc), plain: where the rows lie (library)\n"
@@ -399,7 +409,9 @@ const char* usageText() {
          "  -c, --check N             verified runs, apart from the timed ones; 0: none (1)\n"
          "      --graph N             times N calls in a row, on cuda as one captured graph, and prints the time of "
          "one,\n"
-         "                            then N pairs of a dispatch and a combine likewise (0: single calls)\n"
+         "                            then N pairs of a dispatch and a combine likewise, whose results are not "
+         "verified\n"
+         "                            (0: single calls)\n"
          "      --rival R             none, nccl: also times the same rows between the same ranks by plain ncclSend "
          "and\n"
          "                            ncclRecv, in whose favour counts, order and own rows are left out; cuda only "

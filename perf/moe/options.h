@@ -23,7 +23,8 @@ struct RoutingSpec {
 struct Options {
   int minTokens = 4096; // per rank
   int maxTokens = 4096;
-  int stepAdd = 0; // used where stepFactor is 1
+  int routingTokens = 0; // that the routing is made for; 0: those of the size
+  int stepAdd = 0;       // used where stepFactor is 1
   int stepFactor = 2;
   int iterations = 20;
   int warmup = 5;

@@ -15,6 +15,7 @@ Shape shapeOf(const Options& o, int nRanks, int nTokens) {
   Shape s;
   s.nRanks = nRanks;
   s.nTokens = nTokens;
+  s.maxTokens = o.routingTokens != 0 ? o.routingTokens : nTokens;
   s.hidden = o.hidden;
   s.topK = o.topK;
   s.nExperts = o.experts;
@@ -92,7 +93,7 @@ Delivery deliveryOf(const Shape& s, const Routing& routing, int rank) {
     const auto begin = static_cast<int64_t>(d.rowAt.size());
     const auto count = static_cast<int64_t>(groups[l].size());
     d.offsets.push_back(static_cast<int>(begin));
-    d.rowAt.resize(begin + (padded ? int64_t{s.nRanks} * s.nTokens : roundUp(count, s.align)), -1);
+    d.rowAt.resize(begin + (padded ? int64_t{s.nRanks} * s.maxTokens : roundUp(count, s.align)), -1);
     for (int64_t i = 0; i < count; i++) {
       d.rowAt[begin + i] = static_cast<int32_t>(d.rows.size());
       d.rows.push_back(groups[l][i]);
@@ -107,7 +108,7 @@ Delivery deliveryOf(const Shape& s, const Routing& routing, int rank) {
 
 int64_t slotsOf(const Shape& s, const Routing& routing, int rank) {
   const int nLocal = nLocalExperts(s, rank);
-  if (s.layout == ncclMoeLayoutExpertPadded) return int64_t{nLocal} * s.nRanks * s.nTokens;
+  if (s.layout == ncclMoeLayoutExpertPadded) return int64_t{nLocal} * s.nRanks * s.maxTokens;
   std::vector<int64_t> counts(nLocal);
   int64_t nRows = 0;
   for (int source = 0; source < s.nRanks; source++) {
@@ -129,7 +130,7 @@ int64_t slotsOf(const Shape& s, const Routing& routing, int rank) {
 int64_t mostSlotsOf(const Shape& s, int rank) {
   const int64_t tokens = int64_t{s.nRanks} * s.nTokens, nLocal = nLocalExperts(s, rank);
   if (s.layout == ncclMoeLayoutRankMajor) return tokens;
-  if (s.layout == ncclMoeLayoutExpertPadded) return nLocal * tokens;
+  if (s.layout == ncclMoeLayoutExpertPadded) return nLocal * s.nRanks * s.maxTokens;
   return tokens * std::min<int64_t>(s.topK, nLocal) + nLocal * (s.align - 1);
 }
 

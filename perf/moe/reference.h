@@ -12,7 +12,8 @@ namespace moe::perf {
 // One measured case.
 struct Shape {
   int nRanks = 0;
-  int nTokens = 0; // T, the same on every rank; also the routing's maxTokens
+  int nTokens = 0;   // T, the same on every rank
+  int maxTokens = 0; // that the routing is made for: at least T
   int hidden = 0;
   int topK = 0;
   int nExperts = 0;

@@ -151,8 +151,9 @@ void Report::header() {
   printf("# moe_perf, libmoenccl %s\n", versionText().c_str());
   printf("# machine: %s\n", info_.machine.c_str());
   for (size_t r = 0; r < info_.ranks.size(); r++) printf("#   Rank %2zu %s\n", r, info_.ranks[r].c_str());
-  printf("# tokens per rank %d to %d, hidden %d, top-k %d, experts %d, routing %s, seed %llu\n", o_.minTokens,
-         o_.maxTokens, o_.hidden, o_.topK, o_.experts, o_.routingText.c_str(),
+  const std::string routed = o_.routingTokens != 0 ? " for " + std::to_string(o_.routingTokens) + " tokens" : "";
+  printf("# tokens per rank %d to %d, hidden %d, top-k %d, experts %d, routing %s%s, seed %llu\n", o_.minTokens,
+         o_.maxTokens, o_.hidden, o_.topK, o_.experts, o_.routingText.c_str(), routed.c_str(),
          static_cast<unsigned long long>(o_.seed));
   printf("# rows %s, quant %s, scales %d bytes (%s), combine %s, layout %s, align %d, weights %s%s, memory %s\n",
          typeName(s.type), quantName(s.quant), s.scaleBytes, s.scaleLayout == ncclMoeScaleRowMajor ? "row" : "col",
@@ -180,7 +181,8 @@ void Report::header() {
       "#           known and the rows lie in the order of the ranks; own rows, ids and weights do not move;\n"
       "#           /time: that over ours\n#\n");
   if (o_.graphCalls > 0)
-    printf("# pair      time of a dispatch and a combine, one after the other: of %d such pairs in a row\n#\n",
+    printf("# pair      time of a dispatch and a combine, one after the other: of %d such pairs in a row;\n"
+           "#           their results are not verified\n#\n",
            o_.graphCalls);
   const std::vector<ColumnGroup> groups = groupsOf(o_);
   printTitles(groups);
@@ -233,6 +235,7 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                      {"topk", o_.topK},
                      {"experts", o_.experts},
                      {"routing", o_.routingText},
+                     {"routing_tokens", o_.routingTokens}, // 0: those of each result
                      {"seed", o_.seed},
                      {"datatype", typeName(s.type)},
                      {"combine_datatype", typeName(s.combineType)},

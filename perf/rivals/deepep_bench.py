@@ -13,7 +13,8 @@ What is timed is all that a user waits for.  Dispatch: layout and dispatch, incl
 the host; "no sync": with num_worst_tokens (V2: do_cpu_sync=False), where it does not; "cached": V2 with the handle of
 an earlier dispatch instead of the routing.  V2's epilogue kernels are part of its times.  Each iteration the caches are
 flushed and the ranks meet on the device; of the slowest rank's times the median counts.  Small sizes: a CUDA graph of
-many calls, the time of one.  The routing is uniform as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
+many calls, the time of one; DeepEP's calls and our routing are made for the largest of them.  The routing is uniform
+as moe_perf's, drawn anew: bytes agree to a fraction of a per cent.
 
 Ours has the layout of the same name: V1's normal kernels and V2's have rank, V2's with do_expand expert (combine
 without weights), V1's low-latency kernels padded.
@@ -264,8 +265,10 @@ def ours(args, wanted):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "ours.json")
         for kind, layout, graph in wanted:
-            options = kinds[kind] + layouts[layout] + (["--graph", str(GRAPH_CALLS)] if graph else [])
-            sizes = args.small if graph else args.tokens
+            options, sizes = kinds[kind] + layouts[layout], args.tokens
+            if graph:
+                sizes = args.small
+                options += ["--graph", str(GRAPH_CALLS), "--routing-tokens", str(max(sizes))]  # as DeepEP's "most"
             doubled = [min(sizes) << i for i in range(20)]
             if all(n in doubled for n in sizes):  # one run will do
                 steps = [["-b", str(min(sizes)), "-e", str(max(sizes)), "-f", "2"]]

@@ -15,6 +15,12 @@ bool aligned(const void* ptr, size_t bytes) { return reinterpret_cast<uintptr_t>
     if (!(condition)) return fail(ncclInvalidArgument, __VA_ARGS__);                                                   \
   } while (0)
 
+ncclResult_t checkFlags(unsigned int flags, const char* function) {
+  CHECK_ARG((flags & ~(NCCL_MOE_SEND_ONLY | NCCL_MOE_KEEP_ROUTING | NCCL_MOE_EXACT)) == 0,
+            "%s: args.flags 0x%x has unknown bits", function, flags);
+  return ncclSuccess;
+}
+
 ncclResult_t checkNotPending(const ncclMoeRouting& routing, const char* function) {
   if (routing.phase == Phase::dispatchSent || routing.phase == Phase::combineSent) {
     return fail(ncclInvalidUsage, "%s: the routing's SEND_ONLY %s has not been completed (ncclMoeComplete)", function,
@@ -35,7 +41,8 @@ ncclResult_t checkRow(const ncclMoeComm& comm, int hidden, int elemBytes, const 
 }
 
 // rows: how many the receive tensors have.
-ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, bool padded, int64_t rows, const char* function) {
+ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting& routing, int64_t rows,
+                         const char* function) {
   int scaleBytes = a.scaleBytes;
   const int quant = enumValue(a.quant);
   const int scaleLayout = enumValue(a.scaleLayout);
@@ -62,8 +69,14 @@ ncclResult_t checkScales(const ncclMoeDispatchArgs_t& a, bool padded, int64_t ro
   if (scaleLayout == ncclMoeScaleColumnMajor && scaleBytes > 0) {
     CHECK_ARG(scaleBytes % 4 == 0, "%s: args.scaleBytes %d is not a multiple of 4, which column-major scales need",
               function, scaleBytes);
-    CHECK_ARG(rows % 4 == 0, "%s: %s %lld is not a multiple of 4, which column-major scales need", function,
-              padded ? "R * maxTokens" : "args.recvCapacity", static_cast<long long>(rows));
+    const bool padded = routing.config.layout == ncclMoeLayoutExpertPadded;
+    CHECK_ARG(
+      rows % 4 == 0 || !padded,
+      "%s: args.scaleLayout is column-major, but %d ranks times the routing's config.maxTokens %d is %lld rows, "
+      "not a multiple of 4",
+      function, routing.comm->nRanks, routing.config.maxTokens, static_cast<long long>(rows));
+    CHECK_ARG(rows % 4 == 0, "%s: args.scaleLayout is column-major, but args.recvCapacity %lld is not a multiple of 4",
+              function, static_cast<long long>(rows));
     CHECK_ARG(aligned(a.recvScales, 4), "%s: args.recvScales is not aligned to 4 bytes", function);
   }
   return ncclSuccess;
@@ -73,8 +86,9 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
   const ncclMoeComm& comm = *routing.comm;
   const ncclMoeLayout_t layout = routing.config.layout;
   const bool keep = (a.flags & NCCL_MOE_KEEP_ROUTING) != 0;
-  CHECK_ARG((a.flags & ~(NCCL_MOE_SEND_ONLY | NCCL_MOE_KEEP_ROUTING)) == 0, "%s: args.flags 0x%x has unknown bits",
-            function, a.flags);
+  CHECK_ARG((a.flags & NCCL_MOE_EXACT) == 0, "%s: args.flags has NCCL_MOE_EXACT, which is for ncclMoeCombine",
+            function);
+  MOECHECK(checkFlags(a.flags, function));
   MOECHECK(checkNotPending(routing, function));
   const int type = enumValue(a.type);
   const int elemBytes = typeBytes(type);
@@ -110,7 +124,7 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
   const int64_t rows = padded ? planeRows : a.recvCapacity;
   CHECK_ARG(a.recvX != nullptr || rows == 0, "%s: args.recvX is NULL", function);
   CHECK_ARG(aligned(a.recvX, 16), "%s: args.recvX is not aligned to 16 bytes", function);
-  MOECHECK(checkScales(a, padded, rows, function));
+  MOECHECK(checkScales(a, routing, rows, function));
   CHECK_ARG(a.recvTopkIdx == nullptr || layout == ncclMoeLayoutRankMajor,
             "%s: args.recvTopkIdx goes with ncclMoeLayoutRankMajor only", function);
   CHECK_ARG(a.recvWeights == nullptr || a.topkWeights != nullptr || !hasTokens,
@@ -129,10 +143,17 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
 ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& routing, const char* function) {
   const ncclMoeComm& comm = *routing.comm;
   const bool rankMajor = routing.config.layout == ncclMoeLayoutRankMajor;
-  CHECK_ARG((a.flags & ~(NCCL_MOE_SEND_ONLY | NCCL_MOE_EXACT)) == 0, "%s: args.flags 0x%x has unknown bits", function,
-            a.flags);
+  CHECK_ARG((a.flags & NCCL_MOE_KEEP_ROUTING) == 0,
+            "%s: args.flags has NCCL_MOE_KEEP_ROUTING, which is for ncclMoeDispatch", function);
+  MOECHECK(checkFlags(a.flags, function));
   MOECHECK(checkNotPending(routing, function));
   if (routing.phase == Phase::empty) return fail(ncclInvalidUsage, "%s: the routing has had no dispatch", function);
+  const int quant = enumValue(a.quant);
+  CHECK_ARG(quant == ncclMoeQuantNone || quant == ncclMoeQuantFp8,
+            "%s: args.quant %d is not ncclMoeQuantNone or ncclMoeQuantFp8", function, quant);
+  if (quant != ncclMoeQuantNone && comm.backend->onHost()) { // before what it needs of other arguments
+    return fail(ncclInvalidUsage, "%s: args.quant is for CUDA memory in latency mode", function);
+  }
   const int type = enumValue(a.type);
   CHECK_ARG(type == ncclBfloat16 || type == ncclFloat16 || type == ncclFloat32,
             "%s: args.type %d is not ncclBfloat16, ncclFloat16 or ncclFloat32", function, type);
@@ -145,9 +166,6 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
             function);
   CHECK_ARG((a.flags & NCCL_MOE_EXACT) == 0 || !rankMajor, "%s: NCCL_MOE_EXACT does not go with ncclMoeLayoutRankMajor",
             function);
-  const int quant = enumValue(a.quant);
-  CHECK_ARG(quant == ncclMoeQuantNone || quant == ncclMoeQuantFp8,
-            "%s: args.quant %d is not ncclMoeQuantNone or ncclMoeQuantFp8", function, quant);
   if (quant != ncclMoeQuantNone) {
     CHECK_ARG(type == ncclBfloat16, "%s: args.quant needs args.type ncclBfloat16", function);
     CHECK_ARG(a.hidden % 16 == 0, "%s: args.hidden %d is not a multiple of 16, which the FP8 cast needs", function,

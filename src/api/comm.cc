@@ -8,6 +8,7 @@
 
 #include "api/entry.h"
 #include "base/param.h"
+#include "comm/limits.h"
 #include "device/backend.h"
 #include "host/backend.h"
 
@@ -134,6 +135,7 @@ MOE_API ncclResult_t ncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int 
     if (bytes == nullptr) return fail(ncclInvalidArgument, "%s: bytes is NULL", function);
     CommConfig loaded;
     MOECHECK(loadConfig(config, nRanks, function, &loaded));
+    MOECHECK(deviceRefusal(loaded, nRanks, function));
     return deviceMemoryNeeded(loaded, nRanks, bytes);
   });
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "api/entry.h"
+#include "comm/limits.h"
 
 namespace moe {
 namespace {
@@ -36,7 +37,7 @@ ncclResult_t loadRoutingConfig(const ncclMoeComm& comm, const ncclMoeRoutingConf
   }
   if (config->maxTokens == 0) config->maxTokens = comm.config.maxTokens;
   if (config->expertAlignment == 0) config->expertAlignment = 1;
-  return ncclSuccess;
+  return latencyRefusal(comm.config, comm.nRanks, config->maxTokens, function);
 }
 
 } // namespace
@@ -109,6 +110,12 @@ MOE_API ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeCo
     if (nRows == nullptr) return fail(ncclInvalidArgument, "%s: nRows is NULL", function);
     if (routing->config.hostCounts == 0) {
       return fail(ncclInvalidUsage, "%s: the routing was made without hostCounts", function);
+    }
+    // On host memory they could be had, but not where the same routing lies on a GPU.
+    if (routing->phase == ncclMoeRouting::Phase::dispatchSent &&
+        servedByLatency(moe->config, moe->nRanks, routing->config.maxTokens)) {
+      return fail(ncclInvalidUsage, "%s: in latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete",
+                  function);
     }
     return moe->backend->routingGetCounts(*routing, nRows, expertCounts);
   });

@@ -40,11 +40,8 @@ ncclResult_t DeviceBackend::agree() {
     {config_.nExperts, config_.maxTokens, config_.maxTopK, static_cast<long long>(config_.maxRowBytes), config_.mode},
     hashBytes(config_.home.data(), sizeof(ExpertHome) * config_.home.size())};
   std::vector<Shape> all(moe_.nRanks);
-  if (moe_.nRanks > kMaxDeviceRanks) {
-    return fail(ncclInvalidUsage, "ncclMoeCommInit: %d ranks, more than the %d that CUDA memory is served for",
-                moe_.nRanks, kMaxDeviceRanks);
-  }
   MOECHECK(bootstrap_->allGather(&mine, sizeof(mine), all.data()));
+  MOECHECK(deviceRefusal(config_, moe_.nRanks, "ncclMoeCommInit")); // not before, for the others' config may be another
   for (int r = 0; r < moe_.nRanks; r++) {
     for (int f = 0; f < 5; f++) {
       if (all[r].values[f] != mine.values[f]) {
@@ -62,11 +59,6 @@ ncclResult_t DeviceBackend::agree() {
                   "that span hosts are not there yet",
                   r, moe_.rank);
     }
-  }
-  if (config_.nExperts > kMaxDeviceExperts) {
-    return fail(ncclInvalidUsage,
-                "ncclMoeCommInit: config.nExperts %d is more than the %d that CUDA memory is served for",
-                config_.nExperts, kMaxDeviceExperts);
   }
   const size_t shared = routeSharedNeeded(moe_.nRanks, config_.nExperts);
   if (shared > static_cast<size_t>(sharedBytes_)) {

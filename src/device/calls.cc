@@ -28,9 +28,6 @@ bool isCapturing(cudaStream_t stream) {
   return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
-// For traces.
-const char* modeOf(const DeviceRouting& state) { return state.latency != nullptr ? "latency" : "throughput"; }
-
 // After the work that leaves a dispatch's counts.
 ncclResult_t noteCounts(DeviceRouting& state, cudaStream_t stream) {
   CUDACHECK(cudaEventRecord(state.counted.get(), stream));
@@ -83,7 +80,7 @@ ncclResult_t DeviceBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeR
   MOECHECK(usable("ncclMoeDispatch"));
   DeviceRouting& state = stateOf(routing);
   MOE_TRACE("ncclMoeDispatch: rank %d, routing %d, %s mode, %d tokens of %d bytes, flags 0x%x", moe_.rank, state.id,
-            modeOf(state), args.nTokens, static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
+            state.mode(), args.nTokens, static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
   if (state.latency != nullptr) {
     MOECHECK(follow(stream));
     launched_ = true;
@@ -160,7 +157,7 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
     return fail(ncclInvalidArgument, "ncclMoeCombine: args.gradWeights is NULL");
   }
   MOE_TRACE("ncclMoeCombine: rank %d, routing %d, %s mode, rows of %d bytes, flags 0x%x", moe_.rank, state.id,
-            modeOf(state), static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
+            state.mode(), static_cast<int>(args.hidden * typeBytes(args.type)), args.flags);
   if (state.latency != nullptr) {
     if ((args.flags & NCCL_MOE_EXACT) != 0) {
       MOECHECK(nobodyMasked("ncclMoeCombine: NCCL_MOE_EXACT"));

@@ -32,6 +32,8 @@ struct DeviceRouting : RoutingState {
   RoutingOutcome* outcome = nullptr;       // in the communicator's host memory
   UniqueEvent counted;                     // behind the last dispatch; with hostCounts behind its route kernel
   bool countedInCapture = false;
+
+  const char* mode() const { return latency != nullptr ? "latency" : "throughput"; } // for logs and traces
 };
 
 class DeviceBackend final : public Backend {
@@ -95,6 +97,8 @@ class DeviceBackend final : public Backend {
 
   // routings.cc
   size_t windowBytes(const ncclMoeRoutingConfig_t& config) const;
+  // An error where this rank would get more rows than an int counts.
+  ncclResult_t rowsRefusal(const ncclMoeRoutingConfig_t& config, const char* function) const;
   ncclResult_t routingMake(const ncclMoeRoutingConfig_t& config, DeviceRouting& state);
 
   // calls.cc

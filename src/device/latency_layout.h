@@ -24,11 +24,9 @@ constexpr int kSegmentExtras = 2;
 constexpr int kPicksPerPacket = 8;
 constexpr int kNoPick = 0xfff;
 constexpr int kEmptyByte = 0xa5; // an empty packet holds nothing but this
-constexpr int kMaxLatencyExperts = kNoPick - 1;
-constexpr int kMaxLatencyTokens = 512; // what AUTO leaves to latency mode
+static_assert(kMaxLatencyExperts < kNoPick, "picks");
 constexpr int kMaxLatencyBlocks = 256;
 constexpr int kMaxLatencyWarps = 32; // of a block
-constexpr size_t kMaxLatencyShared = 96 << 10;
 
 // Calls are counted by what the blocks of a grid add up to once they have read the count: 1 each, and block 0 what is missing to this.
 constexpr int kTicketBits = 20;

@@ -1,43 +1,13 @@
 #include "device/latency_routing.h"
 
-#include <algorithm>
-
 #include "base/error.h"
 #include "base/types.h"
 #include "device/hash.h"
 
 namespace moe {
-namespace {
-
-// The reason why not, or "".
-const char* obstacle(const CommConfig& config, int nRanks, int maxTokens, int topK) {
-  if (nRanks > kMaxDeviceRanks) return "more than 64 ranks";
-  if (config.nExperts > kMaxLatencyExperts) return "more than 4094 experts";
-  const int most = *std::max_element(config.nLocal.begin(), config.nLocal.end());
-  if (latencyShared(latencyLayout(config, nRanks, maxTokens, topK), config.nExperts, most) > kMaxLatencyShared) {
-    return "experts times tokens need more than 96 KiB of shared memory";
-  }
-  return "";
-}
-
-} // namespace
 
 LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens, int topK) {
   return LatencyLayout(nRanks, maxTokens, topK, config.maxRowBytes, scaleRoom(config.maxRowBytes));
-}
-
-bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens, int topK) {
-  if (config.mode == ncclMoeModeThroughput) return false;
-  if (config.mode == ncclMoeModeAuto && maxTokens > kMaxLatencyTokens) return false;
-  return *obstacle(config, nRanks, maxTokens, topK) == 0;
-}
-
-ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens, int topK) {
-  if (config.mode != ncclMoeModeLatency) return ncclSuccess;
-  const char* why = obstacle(config, nRanks, maxTokens, topK);
-  if (*why == 0) return ncclSuccess;
-  return fail(ncclInvalidUsage, "ncclMoeRoutingCreate: ncclMoeModeLatency cannot serve %d tokens a rank: %s", maxTokens,
-              why);
 }
 
 LatencyRouting::LatencyRouting(const CommConfig& config, const CommView& comm, const Window& window,

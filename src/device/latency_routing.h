@@ -7,11 +7,6 @@
 
 namespace moe {
 
-// Whether latency mode serves a routing of so many tokens, as config.mode says.
-bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens, int topK);
-// An error where config.mode asks for latency mode but it cannot serve such a routing.
-ncclResult_t latencyRefusal(const CommConfig& config, int nRanks, int maxTokens, int topK);
-
 LatencyLayout latencyLayout(const CommConfig& config, int nRanks, int maxTokens, int topK);
 
 class LatencyRouting {

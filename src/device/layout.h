@@ -24,13 +24,12 @@
 #include <cstdint>
 
 #include "base/hd.h"
+#include "comm/limits.h"
 #include "routing/layout.h"
 
 namespace moe {
 
-constexpr int kChunkTokens = 128;       // tokens that one block of the route kernel takes
-constexpr int kMaxDeviceExperts = 8192; // the route kernel's bitmaps of a chunk lie in shared memory
-constexpr int kMaxDeviceRanks = 64;
+constexpr int kChunkTokens = 128; // tokens that one block of the route kernel takes
 constexpr int kMaxWindows = 256;
 
 MOE_HD size_t align128(size_t bytes) { return (bytes + 127) / 128 * 128; }

@@ -9,27 +9,28 @@
 namespace moe {
 
 size_t DeviceBackend::windowBytes(const ncclMoeRoutingConfig_t& config) const {
-  if (servedByLatency(config_, moe_.nRanks, config.maxTokens, config.topK)) {
+  if (servedByLatency(config_, moe_.nRanks, config.maxTokens)) {
     return latencyLayout(config_, moe_.nRanks, config.maxTokens, config.topK).bytes;
   }
   return RoutingLayout(moe_.nRanks, config_.nExperts, config.maxTokens, config.topK).bytes;
 }
 
 ncclResult_t DeviceBackend::routingMemoryNeeded(const ncclMoeRoutingConfig_t& config, size_t* bytes) {
+  MOECHECK(rowsRefusal(config, "ncclMoeRoutingMemoryNeeded"));
   *bytes = Window::memoryOf(windowBytes(config));
   return ncclSuccess;
 }
 
-ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceRouting& state) {
-  const int nLocal = config_.nLocal[moe_.rank];
-  const bool latency = servedByLatency(config_, moe_.nRanks, c.maxTokens, c.topK);
-  if (!latency) state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
+ncclResult_t DeviceBackend::rowsRefusal(const ncclMoeRoutingConfig_t& c, const char* function) const {
   const long long perExpert = static_cast<long long>(moe_.nRanks) * c.maxTokens + c.expertAlignment - 1;
-  ncclResult_t result = latencyRefusal(config_, moe_.nRanks, c.maxTokens, c.topK);
-  if (c.layout != ncclMoeLayoutRankMajor && perExpert * nLocal > INT32_MAX) {
-    result =
-      fail(ncclInvalidArgument, "ncclMoeRoutingCreate: config.maxTokens %d makes more than 2^31 rows", c.maxTokens);
-  }
+  if (c.layout == ncclMoeLayoutRankMajor || perExpert * config_.nLocal[moe_.rank] <= INT32_MAX) return ncclSuccess;
+  return fail(ncclInvalidArgument, "%s: config.maxTokens %d makes more than 2^31 rows", function, c.maxTokens);
+}
+
+ncclResult_t DeviceBackend::routingMake(const ncclMoeRoutingConfig_t& c, DeviceRouting& state) {
+  const bool latency = servedByLatency(config_, moe_.nRanks, c.maxTokens);
+  if (!latency) state.layout = RoutingLayout(moe_.nRanks, config_.nExperts, c.maxTokens, c.topK);
+  ncclResult_t result = rowsRefusal(c, "ncclMoeRoutingCreate");
   if (result == ncclSuccess) result = eventCreate(&state.counted);
   state.id = nextRouting_++;
   const std::array<int, 4> mine{result == ncclSuccess ? 1 : 0, c.topK, c.maxTokens,
@@ -64,8 +65,9 @@ ncclResult_t DeviceBackend::routingCreate(ncclMoeRouting& routing) {
   MOECHECK(nobodyMasked("ncclMoeRoutingCreate"));
   auto state = std::make_unique<DeviceRouting>();
   MOECHECK(routingMake(routing.config, *state));
-  MOE_INFO("MoE routing %d: rank %d, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
-           routing.config.topK, routing.config.maxTokens, routing.config.layout, windowBytes(routing.config) >> 10);
+  MOE_INFO("MoE routing %d: rank %d, %s mode, top-k %d, at most %d tokens, layout %d, %zu KiB", state->id, moe_.rank,
+           state->mode(), routing.config.topK, routing.config.maxTokens, routing.config.layout,
+           windowBytes(routing.config) >> 10);
   std::lock_guard<std::mutex> lock(liveMutex_);
   live_.push_back(state.get());
   routing.state = std::move(state);
@@ -90,10 +92,6 @@ ncclResult_t DeviceBackend::routingGetCounts(ncclMoeRouting& routing, int64_t* n
   DeviceRouting& state = stateOf(routing);
   if (routing.phase == ncclMoeRouting::Phase::empty) {
     return fail(ncclInvalidUsage, "ncclMoeRoutingGetCounts: the routing has had no dispatch");
-  }
-  if (state.latency != nullptr && routing.phase == ncclMoeRouting::Phase::dispatchSent) {
-    return fail(ncclInvalidUsage,
-                "ncclMoeRoutingGetCounts: the counts of a SEND_ONLY dispatch come with ncclMoeComplete");
   }
   if (state.countedInCapture) {
     return fail(ncclInvalidUsage,

@@ -20,7 +20,7 @@ size_t tableBytes(const CommConfig& config, int nRanks) {
 
 // Room for rows is only taken where a routing may be served by the throughput kernels.
 CommLayout commLayout(const CommConfig& config, int nRanks) {
-  const bool latencyOnly = servedByLatency(config, nRanks, config.maxTokens, config.maxTopK);
+  const bool latencyOnly = servedByLatency(config, nRanks, config.maxTokens);
   return CommLayout(nRanks, config.nExperts, latencyOnly ? 0 : config.maxTokens, config.maxTopK, config.maxRowBytes);
 }
 

@@ -71,7 +71,8 @@ class DispatchOp final : public Op {
 void DispatchOp::plan() {
   SendPlan& send = routing_.send;
   if ((args_.flags & NCCL_MOE_KEEP_ROUTING) != 0) {
-    if (nTokens_ != send.nTokens()) mine_ = Verdict{Verdict::tokens, 0, 0, 0, nTokens_, send.nTokens(), 0};
+    const int onDevice = args_.nTokensDev != nullptr ? 1 : 0;
+    if (nTokens_ != send.nTokens()) mine_ = Verdict{Verdict::tokens, onDevice, 0, 0, nTokens_, send.nTokens(), 0};
     return;
   }
   const Placement placement = host_.placement();

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstring>
 
 #include "base/param.h"
 #include "host/backend.h"
@@ -17,6 +18,7 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
+constexpr char kAborted[] = "the communicator was aborted";
 constexpr auto kSpin = microseconds(100);     // then other threads get the core
 constexpr auto kYield = milliseconds(1);      // then the loop sleeps
 constexpr auto kLookAround = milliseconds(1); // how often a waiting rank looks whether its peers still live
@@ -143,7 +145,10 @@ ncclResult_t HostBackend::report(const Outcome& outcome) {
 
 ncclResult_t HostBackend::checkUsable() {
   const std::lock_guard<std::mutex> lock(errorMutex_);
-  return finalError_ == ncclSuccess ? ncclSuccess : fail(finalError_, "%s", finalSentence_.c_str());
+  if (finalError_ == ncclSuccess) return ncclSuccess;
+  // Others name the function that met them.
+  if (finalSentence_ == kAborted) return fail(finalError_, "%s: %s", entered_, kAborted);
+  return fail(finalError_, "%s", finalSentence_.c_str());
 }
 
 // The communicator ends: peers are told, calls in flight are dropped, later calls get the same error.
@@ -163,6 +168,7 @@ ncclResult_t HostBackend::die(ncclResult_t result, const std::string& sentence, 
 }
 
 ncclResult_t HostBackend::run(std::unique_ptr<Op> op) {
+  entered_ = op->function();
   MOECHECK(checkUsable());
   Outcome outcome;
   const uint64_t sequence = op->sequence();
@@ -186,7 +192,7 @@ ncclResult_t HostBackend::launch(std::unique_ptr<Op> op, HostRouting& routing) {
   for (bool progress = true; progress && !queue_.empty();) {
     progress = false;
     if (aborted_.load(std::memory_order_acquire)) {
-      return die(ncclRemoteError, "the communicator was aborted", ByeReason::aborted);
+      return die(ncclRemoteError, kAborted, ByeReason::aborted);
     }
     MOECHECK(advance(&progress));
   }
@@ -218,7 +224,7 @@ ncclResult_t HostBackend::runUntil(uint64_t sequence, const bool* early) {
     bool progress = false;
     MOECHECK(advance(&progress));
     if (aborted_.load(std::memory_order_acquire)) {
-      return die(ncclRemoteError, "the communicator was aborted", ByeReason::aborted);
+      return die(ncclRemoteError, kAborted, ByeReason::aborted);
     }
     if (progress) {
       idle = false;
@@ -271,10 +277,17 @@ ncclResult_t HostBackend::checkPeers() {
     if (lost < 0 || (channels_[r]->goneByItself() && !channels_[lost]->goneByItself())) lost = r;
   }
   if (lost < 0) return ncclSuccess;
-  char where[96];
-  snprintf(where, sizeof(where), "%s (call %" PRIu64 ", %s): rank %d ", op.function(), op.sequence(), op.phaseName(),
-           lost);
-  return die(ncclRemoteError, where + channels_[lost]->epitaph(), ByeReason::failed);
+  return die(ncclRemoteError, whereIn(op) + "rank " + std::to_string(lost) + " " + channels_[lost]->epitaph(),
+             ByeReason::failed);
+}
+
+// What the user called, and the call that it waits for.
+std::string HostBackend::whereIn(const Op& op) const {
+  char text[160];
+  const bool other = strcmp(entered_, op.function()) != 0;
+  snprintf(text, sizeof(text), "%s%s%s (call %" PRIu64 ", %s): ", other ? entered_ : "", other ? ": " : "",
+           op.function(), op.sequence(), op.phaseName());
+  return text;
 }
 
 ncclResult_t HostBackend::timedOut() {
@@ -286,10 +299,10 @@ ncclResult_t HostBackend::timedOut() {
     if (++named <= 8) ranks += (named > 1 ? ", " : "") + std::to_string(r);
   }
   if (named > 8) ranks += " and " + std::to_string(named - 8) + " others";
-  char text[200];
-  snprintf(text, sizeof(text), "%s (call %" PRIu64 ", %s): timed out after %d ms, waiting for rank%s ", op.function(),
-           op.sequence(), op.phaseName(), config_.timeoutMs, named == 1 ? "" : "s");
-  return die(ncclRemoteError, text + ranks, ByeReason::failed);
+  return die(ncclRemoteError,
+             whereIn(op) + "timed out after " + std::to_string(config_.timeoutMs) + " ms, waiting for rank" +
+               (named == 1 ? " " : "s ") + ranks,
+             ByeReason::failed);
 }
 
 // ------------------------------------------------------------------------------------------------------- routings ----
@@ -323,6 +336,7 @@ ncclResult_t HostBackend::routingCreate(ncclMoeRouting& routing) {
 }
 
 ncclResult_t HostBackend::routingDestroy(ncclMoeRouting& routing) {
+  entered_ = "ncclMoeRoutingDestroy";
   auto* state = static_cast<HostRouting*>(routing.state.get());
   ncclResult_t result = ncclSuccess;
   // A call in flight uses its tables, and peers wait for the call.
@@ -333,6 +347,7 @@ ncclResult_t HostBackend::routingDestroy(ncclMoeRouting& routing) {
 }
 
 ncclResult_t HostBackend::routingGetCounts(ncclMoeRouting& routing, int64_t* nRows, int* expertCounts) {
+  entered_ = "ncclMoeRoutingGetCounts";
   auto* state = static_cast<HostRouting*>(routing.state.get());
   if (!state->hasDispatch) return fail(ncclInvalidUsage, "ncclMoeRoutingGetCounts: the routing has had no dispatch");
   if (state->pendingDispatch) {
@@ -349,6 +364,7 @@ ncclResult_t HostBackend::routingGetCounts(ncclMoeRouting& routing, int64_t* nRo
 // ---------------------------------------------------------------------------------------------------- collectives ----
 
 ncclResult_t HostBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeRouting& routing, cudaStream_t) {
+  entered_ = "ncclMoeDispatch";
   auto* state = static_cast<HostRouting*>(routing.state.get());
   MOECHECK(checkUsable());
   std::unique_ptr<Op> op = makeDispatch(*this, args, *state);
@@ -363,11 +379,9 @@ ncclResult_t HostBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeRou
 }
 
 ncclResult_t HostBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRouting& routing, cudaStream_t) {
+  entered_ = "ncclMoeCombine";
   auto* state = static_cast<HostRouting*>(routing.state.get());
   MOECHECK(checkUsable());
-  if (args.quant != ncclMoeQuantNone) {
-    return fail(ncclInvalidUsage, "ncclMoeCombine: args.quant is for CUDA memory in latency mode");
-  }
   std::unique_ptr<Op> op = makeCombine(*this, args, *state);
   state->lastCall = op->sequence();
   if ((args.flags & NCCL_MOE_SEND_ONLY) != 0) return launch(std::move(op), *state);
@@ -375,6 +389,7 @@ ncclResult_t HostBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRouti
 }
 
 ncclResult_t HostBackend::complete(ncclMoeRouting& routing, cudaStream_t) {
+  entered_ = "ncclMoeComplete";
   auto* state = static_cast<HostRouting*>(routing.state.get());
   MOECHECK(checkUsable());
   const ncclResult_t result = runUntil(state->pending);
@@ -433,7 +448,7 @@ void HostBackend::abort() {
     const std::lock_guard<std::mutex> lock(errorMutex_);
     if (finalError_ == ncclSuccess) {
       finalError_ = ncclRemoteError;
-      finalSentence_ = "the communicator was aborted";
+      finalSentence_ = kAborted;
     }
   }
   for (const auto& channel : channels_) {

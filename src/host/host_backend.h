@@ -90,7 +90,9 @@ class HostBackend final : public Backend {
   ncclResult_t advance(bool* progress);
   ncclResult_t checkPeers();
   ncclResult_t timedOut();
+  std::string whereIn(const Op& op) const;
   void sleep(std::chrono::microseconds time);
+  // An error where the communicator has ended.
   ncclResult_t checkUsable();
   ncclResult_t die(ncclResult_t result, const std::string& sentence, ByeReason reason);
   static ncclResult_t report(const Outcome& outcome);
@@ -107,6 +109,8 @@ class HostBackend final : public Backend {
   std::deque<std::unique_ptr<Op>> queue_;
   uint64_t issued_ = 0;   // calls begun
   uint64_t finished_ = 0; // calls that have ended
+  const char* entered_ =
+    "ncclMoeCommInitHost"; // the function that the user called last; an earlier call may have to end first
   int64_t routingsMade_ = 0;
   int64_t allocationsMade_ = 0;
   size_t routingBytes_ = 0;

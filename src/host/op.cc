@@ -4,6 +4,7 @@
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 #include "host/host_backend.h"
 
@@ -22,6 +23,11 @@ constexpr const char* kKindNames[] = {"ncclMoeCommInitHost", "ncclMoeRoutingCrea
                                       "ncclMoeCombine",      "ncclMoeMemAlloc",      "ncclMoeMemFree"};
 constexpr const char* kTensorNames[] = {"args.x", "args.gradWeights"};
 constexpr int kKinds = static_cast<int>(OpKind::memFree) + 1;
+
+// Of these values the ranks compare only whether there is one.
+bool isPointer(const char* name) {
+  return name != nullptr && (strcmp(name, "args.topkWeights") == 0 || strcmp(name, "args.weights") == 0);
+}
 
 const char* kindName(int64_t kind) { return kind >= 0 && kind < kKinds ? kKindNames[kind] : "something unknown"; }
 
@@ -202,7 +208,8 @@ void Op::resolve() {
 }
 
 Outcome Op::judgement(int rank, const Verdict& verdict) const {
-  const bool argument = verdict.kind == Verdict::badSelection || verdict.kind == Verdict::missing;
+  const bool argument =
+    verdict.kind == Verdict::badSelection || verdict.kind == Verdict::missing || verdict.kind == Verdict::tokens;
   const ncclResult_t result = argument                            ? ncclInvalidArgument
                               : verdict.kind == Verdict::noMemory ? ncclSystemError
                                                                   : ncclInvalidUsage;
@@ -222,6 +229,10 @@ std::string Op::describe(int rank, const Verdict& v) const {
     return start + format("rank %d calls %s while rank %d calls %s", rank, kindName(v.a), v.other, kindName(v.b));
   case Verdict::differs: {
     const char* name = opValueName(kind_, v.field);
+    if (isPointer(name)) {
+      const auto what = [](int64_t given) { return given != 0 ? "given" : "NULL"; };
+      return start + format("%s differs: %s on rank %d, %s on rank %d", name, what(v.a), rank, what(v.b), v.other);
+    }
     return start + format("%s differs: %" PRId64 " on rank %d, %" PRId64 " on rank %d", name != nullptr ? name : "?",
                           v.a, rank, v.b, v.other);
   }
@@ -236,7 +247,8 @@ std::string Op::describe(int rank, const Verdict& v) const {
   case Verdict::implausible:
     return start + format("rank %d got impossible row counts from rank %d", rank, v.other);
   case Verdict::tokens:
-    return start + format("args.nTokensDev on rank %d holds %" PRId64 ", the kept routing %" PRId64, rank, v.a, v.b);
+    return start + format("args.nTokens%s on rank %d %s %" PRId64 ", the kept routing has %" PRId64,
+                          v.field != 0 ? "Dev" : "", rank, v.field != 0 ? "holds" : "is", v.a, v.b);
   case Verdict::missing: {
     const bool known = v.field >= 0 && v.field < static_cast<int32_t>(std::size(kTensorNames));
     return start + format("%s is NULL on rank %d, which has rows", known ? kTensorNames[v.field] : "?", rank);

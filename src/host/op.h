@@ -46,7 +46,7 @@ struct Verdict {
     noMemory
   };
   int32_t kind;
-  int32_t field;  // differs, missing: index of the value or tensor
+  int32_t field;  // differs, missing: index of the value or tensor; tokens: whether nTokensDev says how many
   int32_t other;  // the rank that differs
   int32_t unused; // keeps the bytes that cross the wire defined
   int64_t a, b, c;

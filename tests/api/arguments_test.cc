@@ -127,7 +127,7 @@ std::vector<BadDispatch> badDispatches() {
        a.scaleLayout = ncclMoeScaleColumnMajor;
        a.recvCapacity = 6;
      },
-     "args.recvCapacity,4"},
+     "args.scaleLayout,args.recvCapacity 6 ,multiple of 4"},
     {"recvX NULL", kRankMajor, [](Args& a, const Tensors&) { a.recvX = nullptr; }, "args.recvX "},
     {"recvX NULL, padded", kPadded, [](Args& a, const Tensors&) { a.recvX = nullptr; }, "args.recvX "},
     {"recvX misaligned", kRankMajor, [](Args& a, const Tensors&) { a.recvX = misaligned<void>(a.recvX, 4); },
@@ -153,7 +153,8 @@ std::vector<BadDispatch> badDispatches() {
      [](Args& a, const Tensors& t) { a.expertOffsets = misaligned<int>(t.expertOffsets.data(), 2); },
      "args.expertOffsets"},
     {"unknown flag", kRankMajor, [](Args& a, const Tensors&) { a.flags = 8; }, "args.flags"},
-    {"EXACT of a dispatch", kRankMajor, [](Args& a, const Tensors&) { a.flags = NCCL_MOE_EXACT; }, "args.flags"},
+    {"EXACT of a dispatch", kRankMajor, [](Args& a, const Tensors&) { a.flags = NCCL_MOE_EXACT; },
+     "args.flags,NCCL_MOE_EXACT,ncclMoeCombine"},
     {"numSms negative", kRankMajor, [](Args& a, const Tensors&) { a.numSms = -1; }, "args.numSms"},
     {"KEEP_ROUTING before any dispatch", kRankMajor, [](Args& a, const Tensors&) { a.flags = NCCL_MOE_KEEP_ROUTING; },
      "KEEP_ROUTING", ncclInvalidUsage},
@@ -229,6 +230,34 @@ TEST(Arguments, DispatchHandlesAndState) {
               args.flags = NCCL_MOE_KEEP_ROUTING;
               args.nTokens = 1;
               RANK_RESULT(ncclMoeDispatch(&args, routing, comm, nullptr), ncclInvalidArgument, comm, "args.nTokens");
+              // Or with the same, where nTokensDev said that fewer count; the sentence names the field that says it.
+              int counting = 1;
+              args = t.dispatch();
+              args.nTokensDev = &counting;
+              RANK_OK(ncclMoeDispatch(&args, routing, comm, nullptr), comm);
+              args.flags = NCCL_MOE_KEEP_ROUTING;
+              args.nTokensDev = nullptr;
+              RANK_RESULT(ncclMoeDispatch(&args, routing, comm, nullptr), ncclInvalidArgument, comm,
+                          "args.nTokens on rank 0 is 2,has 1");
+              args.nTokensDev = &counting;
+              counting = 2;
+              RANK_RESULT(ncclMoeDispatch(&args, routing, comm, nullptr), ncclInvalidArgument, comm,
+                          "args.nTokensDev on rank 0 holds 2,has 1");
+              counting = 1;
+              RANK_OK(ncclMoeDispatch(&args, routing, comm, nullptr), comm);
+              // Column-major scales of a padded routing whose planes are no multiple of 4 rows.
+              ncclMoeRoutingConfig_t oddConfig = goodRouting(kPadded);
+              oddConfig.maxTokens = 6;
+              ncclMoeRouting_t odd = nullptr;
+              RANK_OK(ncclMoeRoutingCreate(&odd, comm, &oddConfig), comm);
+              args = t.dispatch();
+              args.scales = t.scales.data();
+              args.scaleBytes = 4;
+              args.scaleLayout = ncclMoeScaleColumnMajor;
+              args.recvScales = t.recvScales.data();
+              RANK_RESULT(ncclMoeDispatch(&args, odd, comm, nullptr), ncclInvalidArgument, comm,
+                          "args.scaleLayout,1 ranks,config.maxTokens 6,multiple of 4");
+              RANK_OK(ncclMoeRoutingDestroy(odd, comm), comm);
               // A second dispatch before the first is complete.
               args = t.dispatch();
               args.flags = NCCL_MOE_SEND_ONLY;
@@ -286,7 +315,7 @@ std::vector<BadCombine> badCombines() {
      [](Combine& a, const Tensors& t) { a.weights = misaligned<float>(t.weights.data(), 2); }, "args.weights"},
     {"EXACT in RANK_MAJOR", kRankMajor, [](Combine& a, const Tensors&) { a.flags = NCCL_MOE_EXACT; }, "EXACT"},
     {"KEEP_ROUTING of a combine", kRankMajor, [](Combine& a, const Tensors&) { a.flags = NCCL_MOE_KEEP_ROUTING; },
-     "args.flags"},
+     "args.flags,NCCL_MOE_KEEP_ROUTING,ncclMoeDispatch"},
     {"unknown flag", kExpertMajor, [](Combine& a, const Tensors&) { a.flags = 1u << 31; }, "args.flags"},
     {"numSms negative", kRankMajor, [](Combine& a, const Tensors&) { a.numSms = -1; }, "args.numSms"},
     {"quant unknown", kRankMajor, [](Combine& a, const Tensors&) { a.quant = static_cast<ncclMoeQuant_t>(7); },
@@ -298,13 +327,13 @@ std::vector<BadCombine> badCombines() {
        a.type = ncclFloat32;
        a.hidden = 4;
      },
-     "args.quant,args.type"},
+     "args.quant,CUDA memory", ncclInvalidUsage}, // whatever else is wrong with it
     {"quant with EXACT", kExpertMajor,
      [](Combine& a, const Tensors&) {
        a.quant = ncclMoeQuantFp8;
        a.flags = NCCL_MOE_EXACT;
      },
-     "args.quant,EXACT"},
+     "args.quant,CUDA memory", ncclInvalidUsage},
     {"quant on the host backend", kRankMajor, [](Combine& a, const Tensors&) { a.quant = ncclMoeQuantFp8; },
      "args.quant,latency mode", ncclInvalidUsage},
     {"withGradWeights 2", kRankMajor,

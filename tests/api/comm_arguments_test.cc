@@ -66,6 +66,10 @@ TEST(Arguments, Init) {
       RANK_RESULT(ncclMoeCommMemoryNeeded(nullptr, 2, &bytes), ncclInvalidArgument, nullptr, "config");
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 0, &bytes), ncclInvalidArgument, nullptr, "nRanks");
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, nullptr), ncclInvalidArgument, nullptr, "bytes");
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 65, &bytes), ncclInvalidUsage, nullptr, "65 ranks, 64 ");
+      ncclMoeConfig_t many = goodConfig();
+      many.nExperts = 8193;
+      RANK_RESULT(ncclMoeCommMemoryNeeded(&many, 2, &bytes), ncclInvalidUsage, nullptr, "config.nExperts 8193, 8192 ");
 #ifdef NCCL_MOE_NO_CUDA
       RANK_RESULT(ncclMoeCommMemoryNeeded(&good, 2, &bytes), ncclInvalidUsage, nullptr, "host memory only");
 #else
@@ -238,6 +242,85 @@ TEST(Arguments, Routing) {
       return "";
     }),
     "");
+}
+
+// The host backend has the bounds of latency mode on GPUs, in the same words, and in no other mode.
+TEST(Arguments, ShapesThatLatencyModeCannotServe) {
+  // (L+1) * (R * (ceil(maxTokens/32) + 1) + 1) + E + 6R ints, at most 24576: with one rank and 4 experts 5 * 4913 + 10.
+  constexpr int kMostTokens = 4911 * 32;
+  struct Bad {
+    int nExperts, maxTokens;
+    const char* mentions;
+  };
+  EXPECT_EQ(runOne([](Rank& rank) -> std::string {
+              for (const Bad& bad : {Bad{4095, 32, "config.nExperts 4095 , 4094 ,ncclMoeModeLatency"},
+                                     Bad{kExperts, kMostTokens + 1, "config.maxTokens 157153, 98320 bytes, 98304 "}}) {
+                for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {
+                  const ncclMoeConfig_t config = [&] {
+                    ncclMoeConfig_t c = makeConfig(bad.nExperts, bad.maxTokens, kTopK, 64, 5000 * kSlow);
+                    c.mode = mode;
+                    return c;
+                  }();
+                  const std::string url = rank.rendezvous() + std::to_string(bad.nExperts) + std::to_string(mode);
+                  ncclMoeComm_t comm = nullptr;
+                  ncclMoeRouting_t routing = nullptr;
+                  size_t bytes = 0;
+                  RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, url.c_str(), &config), nullptr);
+                  ncclMoeRoutingConfig_t bound = goodRouting(kExpertMajor);
+                  if (mode == ncclMoeModeLatency) {
+                    RANK_RESULT(ncclMoeRoutingMemoryNeeded(comm, &bound, &bytes), ncclInvalidUsage, comm, bad.mentions);
+                    RANK_RESULT(ncclMoeRoutingCreate(&routing, comm, &bound), ncclInvalidUsage, comm, bad.mentions);
+                    RANK_CHECK(bytes == 0 && routing == nullptr);
+                    if (bad.nExperts == kExperts) bound.maxTokens = kMostTokens;
+                  }
+                  if (mode != ncclMoeModeLatency || bad.nExperts == kExperts) {
+                    RANK_OK(ncclMoeRoutingMemoryNeeded(comm, &bound, &bytes), comm);
+                    RANK_OK(ncclMoeRoutingCreate(&routing, comm, &bound), comm);
+                  }
+                  RANK_OK(ncclMoeCommDestroy(comm), nullptr);
+                }
+              }
+              return "";
+            }),
+            "");
+}
+
+// Between the halves of a dispatch there are counts in throughput mode alone, as on a GPU.
+TEST(Arguments, CountsBetweenTheHalves) {
+  EXPECT_EQ(runOne([](Rank& rank) -> std::string {
+              for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {
+                for (const int maxTokens : {512, 513}) {
+                  ncclMoeConfig_t config = makeConfig(kExperts, maxTokens, kTopK, 64, 5000 * kSlow);
+                  config.mode = mode;
+                  const std::string url = rank.rendezvous() + std::to_string(maxTokens) + std::to_string(mode);
+                  ncclMoeComm_t comm = nullptr;
+                  ncclMoeRouting_t routing = nullptr;
+                  RANK_OK(ncclMoeCommInitHost(&comm, 1, 0, url.c_str(), &config), nullptr);
+                  ncclMoeRoutingConfig_t routingConfig = goodRouting(kExpertMajor);
+                  routingConfig.hostCounts = 1;
+                  RANK_OK(ncclMoeRoutingCreate(&routing, comm, &routingConfig), comm);
+                  const Tensors t;
+                  ncclMoeDispatchArgs_t args = t.dispatch();
+                  args.flags = NCCL_MOE_SEND_ONLY;
+                  RANK_OK(ncclMoeDispatch(&args, routing, comm, nullptr), comm);
+                  int64_t nRows = -1;
+                  if (mode == ncclMoeModeThroughput || (mode == ncclMoeModeAuto && maxTokens == 513)) {
+                    RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
+                    RANK_CHECK(nRows == kRows);
+                  } else {
+                    RANK_RESULT(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), ncclInvalidUsage, comm,
+                                "SEND_ONLY,ncclMoeComplete");
+                    RANK_CHECK(nRows == -1);
+                  }
+                  RANK_OK(ncclMoeComplete(routing, comm, nullptr), comm);
+                  RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
+                  RANK_CHECK(nRows == kRows);
+                  RANK_OK(ncclMoeCommDestroy(comm), nullptr);
+                }
+              }
+              return "";
+            }),
+            "");
 }
 
 TEST(Arguments, CommunicatorAndMemory) {

@@ -189,7 +189,7 @@ TEST_P(Errors, DispatchMismatch) {
        a.scales = nullptr;
        a.scaleBytes = 0;
      }},
-    {"topkWeights",
+    {"topkWeights differs,given on rank,NULL on rank",
      [](Args& a) {
        a.topkWeights = nullptr;
        a.recvWeights = nullptr;
@@ -247,7 +247,7 @@ TEST_P(Errors, CombineMismatch) {
   const std::vector<Mismatch> table = {
     {"hidden", [](Args& a) { a.hidden = 4; }},
     {"type", [](Args& a) { a.type = ncclBfloat16; }},
-    {"weights", [](Args& a) { a.weights = nullptr; }},
+    {"weights differs,given on rank,NULL on rank", [](Args& a) { a.weights = nullptr; }},
     {"withGradWeights",
      [](Args& a) {
        a.withGradWeights = 1;

@@ -198,16 +198,15 @@ TEST_P(Failure, AbortWhileWaiting) {
     const ncclResult_t result = exchangeUntilFailure(rank, &rounds);
     const int took = millisecondsSince(start);
     aborter.join();
-    RANK_TRY(expectRemoteError(rank, result, "abort"));
+    RANK_TRY(expectRemoteError(rank, result, "ncclMoeRoutingCreate: the communicator was aborted"));
     RANK_CHECK(took >= 90 && took < 900 * kSlow, "%d ms", took); // before the peer says or does anything
     return "";
   });
   EXPECT_EQ(result.failures(), "");
 }
 
-TEST_P(Failure, RankThatNeverCalls) {
-  const int nRanks = 3;
-  const ClusterResult result = runRanks(options(nRanks), [&](Rank& rank) -> std::string {
+std::string rankThatNeverCalls(const ClusterOptions& options, bool inHalves) {
+  const ClusterResult result = runRanks(options, [&](Rank& rank) -> std::string {
     RANK_OK(rank.init(config(200 * kSlow)), nullptr);
     ncclMoeRoutingConfig_t routingConfig = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
     routingConfig.topK = 1;
@@ -222,19 +221,27 @@ TEST_P(Failure, RankThatNeverCalls) {
     dispatch.hidden = 8;
     dispatch.recvX = recv;
     dispatch.recvCapacity = 64;
+    dispatch.flags = inHalves ? NCCL_MOE_SEND_ONLY : 0u;
     const Clock::time_point start = Clock::now();
-    const ncclResult_t result = ncclMoeDispatch(&dispatch, routing, rank.comm(), nullptr);
+    ncclResult_t result = ncclMoeDispatch(&dispatch, routing, rank.comm(), nullptr);
+    if (inHalves && result == ncclSuccess) result = ncclMoeComplete(routing, rank.comm(), nullptr);
     const int took = millisecondsSince(start);
     // Whoever waits names rank 2, or the rank that it learns from.
     const std::string other = "rank " + std::to_string(1 - rank.rank());
     const std::string sentence = ncclMoeGetLastError(rank.comm());
     RANK_TRY(expectResult("dispatch that rank 2 does not call", result, ncclRemoteError, rank.comm(),
                           sentence.find(other) == std::string::npos ? "rank 2" : other));
+    // It begins with the function that was called and waited.
+    RANK_CHECK(sentence.rfind(inHalves ? "ncclMoeComplete: ncclMoeDispatch (call " : "ncclMoeDispatch (call ", 0) == 0,
+               "%s", sentence.c_str());
     RANK_CHECK(took >= 150 * kSlow && took < 900 * kSlow, "after %d ms", took);
     return "";
   });
-  EXPECT_EQ(result.failures(), "");
+  return result.failures();
 }
+
+TEST_P(Failure, RankThatNeverCalls) { EXPECT_EQ(rankThatNeverCalls(options(3), false), ""); }
+TEST_P(Failure, RankThatNeverCallsWhatOthersComplete) { EXPECT_EQ(rankThatNeverCalls(options(3), true), ""); }
 
 // A rank that destroys while others still work gives them an error, and waits for nobody itself.
 TEST_P(Failure, DestroyWhileOthersWork) {

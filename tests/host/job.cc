@@ -60,6 +60,12 @@ std::string runCombine(Rank& rank, ncclMoeRouting_t routing, const Round& round,
 
 std::string Job::describe() const { return world.describe(); }
 
+ncclMoeConfig_t Job::config() const {
+  ncclMoeConfig_t config = world.config();
+  config.mode = ncclMoeModeThroughput; // where counts may be asked for between the halves
+  return config;
+}
+
 ncclMoeRoutingConfig_t routingConfig(const World& world, const DispatchProblem& problem, bool hostCounts) {
   ncclMoeRoutingConfig_t config = NCCL_MOE_ROUTING_CONFIG_INITIALIZER;
   config.topK = problem.topK;
@@ -138,8 +144,7 @@ std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs) 
 }
 
 std::string runJob(Rank& rank, const Job& job, std::string* outputs) {
-  const ncclMoeConfig_t config = job.world.config();
-  RANK_OK(rank.init(config), nullptr);
+  RANK_OK(rank.init(job.config()), nullptr);
   for (const RoutingJob& routing : job.routings) RANK_TRY(runRouting(rank, routing, outputs));
   RANK_OK(rank.destroy(), nullptr);
   return "";

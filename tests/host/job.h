@@ -31,6 +31,7 @@ struct Job {
   World world;
   std::vector<RoutingJob> routings;
   std::string describe() const;
+  ncclMoeConfig_t config() const; // points into this object
 };
 
 Job randomJob(uint64_t seed, int nRoutings, int nRounds, const WorldLimits& limits = WorldLimits());

@@ -216,8 +216,8 @@ TEST_P(Lifecycle, TwoCommunicatorsInTurns) {
   const Job jobB = randomJob(testSeed() + 11, 2, 2, limits);
   const ClusterResult result = runRanks(options(4), [&](Rank& rank) -> std::string {
     Rank second(options(4), rank.rank(), rank.rendezvous() + "-second");
-    RANK_OK(rank.init(jobA.world.config()), nullptr);
-    RANK_OK(second.init(jobB.world.config()), nullptr);
+    RANK_OK(rank.init(jobA.config()), nullptr);
+    RANK_OK(second.init(jobB.config()), nullptr);
     for (size_t i = 0; i < 2; i++) {
       RANK_TRY(runRouting(rank, jobA.routings[i]));
       RANK_TRY(runRouting(second, jobB.routings[i]));

@@ -5,6 +5,11 @@
 
 #include <algorithm>
 
+#include "comm/comm.h"
+#ifndef NCCL_MOE_NO_CUDA
+#include "device/latency.h"
+#endif
+
 namespace moe {
 namespace {
 
@@ -56,6 +61,28 @@ TEST(DeviceLayout, PartsOfALatencyRoutingAreApart) {
             EXPECT_EQ(part % 128, 0u);
           }
         }
+      }
+    }
+  }
+}
+
+// What the host says that latency mode takes is the header's formula, and what its kernel takes.
+TEST(DeviceLayout, ListsOfALatencyRouting) {
+  for (const int ranks : {1, 3, 64}) {
+    for (const int tokens : {0, 1, 32, 33, 4096}) {
+      for (const int local : {1, 4, 63}) {
+        CommConfig config;
+        config.nLocal.assign(ranks, local - 1);
+        config.nLocal[ranks / 2] = local;
+        config.nExperts = ranks * (local - 1) + 1;
+        const int words = (tokens + 31) / 32;
+        const int formula = (local + 1) * (ranks * (words + 1) + 1) + config.nExperts + 6 * ranks;
+        EXPECT_EQ(latencyListBytes(config, ranks, tokens), size_t{4} * formula);
+        config.mode = ncclMoeModeLatency;
+        EXPECT_EQ(servedByLatency(config, ranks, tokens), formula <= 24576);
+#ifndef NCCL_MOE_NO_CUDA
+        EXPECT_EQ(latencyShared(LatencyLayout(ranks, tokens, 8, 64, 256), config.nExperts, local), size_t{4} * formula);
+#endif
       }
     }
   }

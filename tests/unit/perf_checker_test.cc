@@ -62,7 +62,7 @@ TEST(PerfNumeric, QuantizesByTheLargestOfEachBlock) {
 }
 
 // Rank 1 of 3 in host memory, with outputs as a correct library would leave them.
-class Checker : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, ncclMoeQuant_t, ncclMoeScaleLayout_t>> {
+class Checker : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, ncclMoeQuant_t, ncclMoeScaleLayout_t, int>> {
  protected:
   void SetUp() override {
     ASSERT_EQ(makeGroupMemory(1, &memory_), ncclSuccess);
@@ -75,6 +75,7 @@ class Checker : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, ncclMo
     o.layout = std::get<0>(GetParam());
     o.quant = std::get<1>(GetParam());
     o.scaleLayout = std::get<2>(GetParam());
+    o.routingTokens = std::get<3>(GetParam());
     o.align = o.layout == ncclMoeLayoutExpertMajor ? 8 : 1;
     o.weightsInside = o.layout != ncclMoeLayoutRankMajor;
     ASSERT_EQ(makeRoutingSource(o, 3, &source_), ncclSuccess);
@@ -131,7 +132,7 @@ class Checker : public testing::TestWithParam<std::tuple<ncclMoeLayout_t, ncclMo
     auto* base = static_cast<uint8_t*>(b_.recvScales);
     const size_t words = shape_.scaleBytes / 4;
     if (shape_.scaleLayout == ncclMoeScaleRowMajor) return base + (slot * words + word) * 4;
-    const size_t ld = shape_.layout == ncclMoeLayoutExpertPadded ? 36 : slots_;
+    const size_t ld = shape_.layout == ncclMoeLayoutExpertPadded ? 3 * shape_.maxTokens : slots_;
     return base + ((slot / ld * words + word) * ld + slot % ld) * 4;
   }
 
@@ -203,7 +204,8 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Checker,
                          testing::Combine(testing::Values(ncclMoeLayoutRankMajor, ncclMoeLayoutExpertMajor,
                                                           ncclMoeLayoutExpertPadded),
                                           testing::Values(ncclMoeQuantNone, ncclMoeQuantFp8),
-                                          testing::Values(ncclMoeScaleRowMajor, ncclMoeScaleColumnMajor)));
+                                          testing::Values(ncclMoeScaleRowMajor, ncclMoeScaleColumnMajor),
+                                          testing::Values(0, 20))); // that the routing is made for; 0: 12
 
 // Three ranks, FP32, two selections on one rank and one on another: 1 + (2 + 4) in the order of ranks.
 TEST(PerfReference, CombinesInTheDocumentedOrder) {
