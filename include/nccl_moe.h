@@ -149,7 +149,8 @@ ncclResult_t ncclMoeGetVersion(int* version);
 ncclResult_t pncclMoeGetVersion(int* version);
 
 /* The CUDA memory that ncclMoeCommInit with this config over nRanks ranks will take on one rank; nothing is allocated.
- * Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (this build has no CUDA part). */
+ * Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (more ranks or experts than GPUs are served for; this build has no CUDA
+ * part). */
 ncclResult_t ncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 ncclResult_t pncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 
@@ -288,14 +289,16 @@ typedef struct ncclMoeRoutingConfig {
 #define NCCL_MOE_ROUTING_CONFIG_INITIALIZER                                                                            \
   { sizeof(ncclMoeRoutingConfig_t), NCCL_MOE_MAGIC, NCCL_MOE_VERSION_CODE, 0, 0, ncclMoeLayoutRankMajor, 0, 0 }
 
-/* The device memory that a routing of this config takes.  Local.  Errors: ncclInvalidArgument. */
+/* The device memory that a routing of this config takes.  Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (latency mode
+ * cannot serve it). */
 ncclResult_t ncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config, size_t* bytes);
 ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config, size_t* bytes);
 
 /* Makes the object that remembers which rows went where: written by dispatch, read by combine and by later dispatches
  * that keep it.  All memory is taken here.  Collective with the same config on every rank; synchronises the host; not
  * capturable.  A routing serves one dispatch-combine pair at a time; use one per layer or micro-batch in flight.
- * Errors: ncclInvalidArgument (on GPUs also: ranks differ), ncclInvalidUsage (host backend: ranks differ; ranks are masked),
+ * Errors: ncclInvalidArgument (on GPUs also: ranks differ), ncclInvalidUsage (latency mode cannot serve it; host backend: ranks differ;
+ * ranks are masked),
  * ncclUnhandledCudaError, ncclSystemError, ncclRemoteError. */
 ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 ncclResult_t pncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
@@ -311,7 +314,8 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
  * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.
  * Returns that dispatch's error where it failed, also when the receive buffer was too small (*nRows is then the size
  * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
- * captured in a graph, whose counts are in device memory alone; it was SEND_ONLY and is not completed), ncclRemoteError. */
+ * captured in a graph, whose counts are in device memory alone; in latency mode it was
+ * SEND_ONLY and is not completed), ncclRemoteError. */
 ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 
