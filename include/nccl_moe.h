@@ -297,9 +297,8 @@ ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRouting
 /* Makes the object that remembers which rows went where: written by dispatch, read by combine and by later dispatches
  * that keep it.  All memory is taken here.  Collective with the same config on every rank; synchronises the host; not
  * capturable.  A routing serves one dispatch-combine pair at a time; use one per layer or micro-batch in flight.
- * Errors: ncclInvalidArgument (on GPUs also: ranks differ), ncclInvalidUsage (latency mode cannot serve it; host backend: ranks differ;
- * ranks are masked),
- * ncclUnhandledCudaError, ncclSystemError, ncclRemoteError. */
+ * Errors: ncclInvalidArgument (on GPUs also: ranks differ), ncclInvalidUsage (latency mode cannot serve it; ranks are
+ * masked; host backend: ranks differ), ncclUnhandledCudaError, ncclSystemError, ncclRemoteError. */
 ncclResult_t ncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 ncclResult_t pncclMoeRoutingCreate(ncclMoeRouting_t* routing, ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config);
 
@@ -314,8 +313,8 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
  * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.
  * Returns that dispatch's error where it failed, also when the receive buffer was too small (*nRows is then the size
  * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
- * captured in a graph, whose counts are in device memory alone; in latency mode it was
- * SEND_ONLY and is not completed), ncclRemoteError. */
+ * captured in a graph, whose counts are in device memory alone; in latency mode it was SEND_ONLY and is not completed),
+ * ncclRemoteError. */
 ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 
