@@ -231,12 +231,12 @@ bool runRank(int rank, int nRanks, ncclComm_t nccl, const std::vector<std::vecto
     CUDA_OK(cudaMemcpyAsync(in.get(), &batch, sizeof(batch), cudaMemcpyHostToDevice, stream));
     CUDA_OK(cudaMemsetAsync(out.get(), 0xff, sizeof(bf16) * got.size(), stream)); // NaN: what is not written shows
     CUDA_OK(cudaGraphLaunch(graph, stream));
-    CUDA_OK(cudaMemcpyAsync(got.data(), out.get(), sizeof(bf16) * got.size(), cudaMemcpyDeviceToHost, stream));
     // This ends also where a peer has not come, and without an error: the next call alone tells.
     CUDA_OK(cudaStreamSynchronize(stream));
     ncclResult_t met = ncclSuccess;
     MOE_OK(ncclMoeCommGetAsyncError(moe, &met));
     CHECK(met, ncclSuccess, ncclMoeGetLastError(moe));
+    CUDA_OK(cudaMemcpy(got.data(), out.get(), sizeof(bf16) * got.size(), cudaMemcpyDeviceToHost));
     const int wrong = countWrong(batch, got);
     if (wrong > 0) fprintf(stderr, "rank %d, step %zu: %d elements are WRONG\n", rank, s, wrong);
     fine = fine && wrong == 0;
