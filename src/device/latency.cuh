@@ -100,6 +100,7 @@ __device__ __forceinline__ Call callOf(const Opening& opening) {
 }
 // By one thread of a block that has read the counter.
 __device__ __forceinline__ void addTicket(unsigned long long* tickets) {
+  delaySometimes(4, 20000);
   atomicAdd(tickets, blockIdx.x == 0 ? (1ull << kTicketBits) - (gridDim.x - 1) : 1ull);
 }
 
@@ -226,6 +227,7 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
 template <bool kLoaded, int N, class Peer, class Literal>
 __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
                                          const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {
+  delaySometimes(256, 20000);
   unsigned missing = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) missing |= from[i] != nullptr ? 1u << i : 0u;
@@ -296,6 +298,7 @@ struct Shares {
 
   __device__ __forceinline__ Claim claim(int share) const {
     Claim claim{mark, 0, silent};
+    if ((threadIdx.x & 31) == 0) delaySometimes(16, 10 * kStallNs); // then others help
     if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims()[share], mark);
     return claim;
   }
@@ -365,6 +368,7 @@ __device__ __forceinline__ Progress receiveHeaders(const LatencyView& v, const C
 __device__ __forceinline__ void sendLiteral(const LatencyView& v, const Call& call, int r, int plane, int t, int unit) {
   __syncwarp();
   if ((threadIdx.x & 31) == 0) {
+    delaySometimes(8, 3 * kStallNs);
     storeRelease(reinterpret_cast<uint32_t*>(v.peers[r] + v.layout.literal(call.parity, plane, t, unit)), call.tag);
   }
 }

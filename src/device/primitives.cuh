@@ -33,6 +33,18 @@ __device__ __forceinline__ uint64_t globalTimerNs() {
   return ns;
 }
 
+// In a build with DELAYS=1 one call in `oneIn` waits, for up to maxNs; otherwise nothing.  What the protocols do not order shall then come
+// in any order, and whoever helps a late one shall have to.  Lanes draw for themselves.
+__device__ __forceinline__ void delaySometimes([[maybe_unused]] unsigned oneIn, [[maybe_unused]] unsigned maxNs) {
+#ifdef MOE_DELAYS
+  unsigned x = static_cast<unsigned>(clock64()) ^ (blockIdx.x << 16) ^ (threadIdx.x * 0x9e3779b9u);
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  x ^= x >> 16;
+  if (x % oneIn == 0) __nanosleep((x >> 8) % maxNs);
+#endif
+}
+
 // A row that nothing writes while the kernel runs: through the read-only path, and not kept in L1.
 __device__ __forceinline__ uint4 loadOnce(const uint4* ptr) {
   uint4 v;
@@ -69,6 +81,7 @@ __device__ __forceinline__ uint4 loadArrived(const uint4* ptr) {
 // Sixteen bytes that are seen as a whole: PTX makes accesses by a b128 instruction single-copy atomic.  So a packet that has a tag
 // among its words says by itself whether it is there, without a flag or a fence.
 __device__ __forceinline__ void storePacket(uint4* to, const uint4& v) {
+  delaySometimes(1024, 20000);
   const unsigned long long lo = static_cast<unsigned long long>(v.y) << 32 | v.x;
   const unsigned long long hi = static_cast<unsigned long long>(v.w) << 32 | v.z;
   asm volatile("{ .reg .b128 p; mov.b128 p, {%1, %2}; st.relaxed.sys.global.b128 [%0], p; }" ::"l"(to), "l"(lo), "l"(hi)
