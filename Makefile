@@ -47,8 +47,8 @@ override CXXFLAGS += $(CXXSTD) $(OPT) -g
 override CFLAGS   += -std=c99 -pedantic -Wall -Wextra -g
 override LDFLAGS  += -pthread
 override LDLIBS   += -ldl -lrt
-NVFLAGS    := -std=c++17 $(NVCC_GENCODE) $(if $(filter 1,$(DEBUG)),-O0 -g,-O3) $(if $(filter 1,$(DELAYS)),-DMOE_DELAYS) -lineinfo -Xptxas -v \
-              --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wno-unused-parameter
+NVFLAGS    := -std=c++17 $(NVCC_GENCODE) $(if $(filter 1,$(DEBUG)),-O0 -g,-O3) $(if $(filter 1,$(DELAYS)),-DMOE_DELAYS) \
+              -lineinfo -Xptxas -v --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wno-unused-parameter
 ifneq ($(SANITIZE),)
   # Of a loaded library's thread-local storage that happens to lie 16 bytes behind a page, gcc 12's leak checker takes what
   # stands before it for a header, and crashes; with this model the storage lies elsewhere.
@@ -301,7 +301,8 @@ Targets
 Variables
   CUDA_HOME NCCL_HOME NVCC NVCC_GENCODE   the CUDA part; without nvcc or nccl.h the host part is built
   CXX CC CLANGXX CXXFLAGS CPPFLAGS LDFLAGS BUILDDIR PREFIX DESTDIR
-  DEBUG=1  WERROR=1  DELAYS=1 (latency mode's kernels wait in random places)  V=1 (show commands)  SANITIZE=address,undefined|thread  MPI=1 MPI_HOME=...  FUZZ_SECONDS=10
+  DELAYS=1 (latency mode's kernels wait in random places, for tests)
+  DEBUG=1  WERROR=1  V=1 (show commands)  SANITIZE=address,undefined|thread  MPI=1 MPI_HOME=...  FUZZ_SECONDS=10
 endef
 export HELP
 help:

@@ -38,10 +38,14 @@ ncclResult_t deviceRefusal(const CommConfig& config, int nRanks, const char* fun
   return ncclSuccess;
 }
 
-size_t latencyListBytes(const CommConfig& config, int nRanks, int maxTokens) {
+size_t latencyListBytes(int nRanks, int nExperts, int nLocal, int maxTokens) {
   const auto ranks = static_cast<size_t>(nRanks), words = (static_cast<size_t>(maxTokens) + 31) / 32;
-  const auto local = static_cast<size_t>(*std::max_element(config.nLocal.begin(), config.nLocal.end()));
-  return sizeof(int) * ((local + 1) * (ranks * (words + 1) + 1) + static_cast<size_t>(config.nExperts) + 6 * ranks);
+  const auto local = static_cast<size_t>(nLocal);
+  return sizeof(int) * ((local + 1) * (ranks * (words + 1) + 1) + static_cast<size_t>(nExperts) + 6 * ranks);
+}
+size_t latencyListBytes(const CommConfig& config, int nRanks, int maxTokens) {
+  const int most = *std::max_element(config.nLocal.begin(), config.nLocal.end());
+  return latencyListBytes(nRanks, config.nExperts, most, maxTokens);
 }
 
 bool servedByLatency(const CommConfig& config, int nRanks, int maxTokens) {

@@ -19,7 +19,9 @@ constexpr size_t kMaxLatencyShared = 96 << 10;
 // An error where ncclMoeCommInit could not make the communicator, whatever the GPU.
 ncclResult_t deviceRefusal(const CommConfig& config, int nRanks, const char* function);
 
-// Shared memory that latency mode's dispatch takes for its lists (device/latency_dispatch_lists.cuh), on the rank that takes most.
+// Shared memory that latency mode's dispatch takes for its lists (device/latency_dispatch_lists.cuh) on a rank with nLocal experts, and
+// on the rank that takes most.
+size_t latencyListBytes(int nRanks, int nExperts, int nLocal, int maxTokens);
 size_t latencyListBytes(const CommConfig& config, int nRanks, int maxTokens);
 
 // Whether latency mode serves a routing of so many tokens, as config.mode says.

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 } // namespace
 
 size_t latencyShared(const LatencyLayout& layout, int nExperts, int nLocal) {
-  return Lists::bytes(layout, nExperts, nLocal);
+  return latencyListBytes(layout.nRanks, nExperts, nLocal, layout.maxTokens);
 }
 
 cudaError_t prepareLatencyDispatch() {

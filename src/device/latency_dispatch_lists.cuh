@@ -12,7 +12,7 @@ static_assert(kDispatchThreads / 32 <= kMaxLatencyWarps, "claims");
 // first ones have rows to send.
 __device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static_cast<int>(threadIdx.x); }
 
-// What a block knows of the arriving rows, in shared memory.
+// What a block knows of the arriving rows, in shared memory: latencyListBytes (comm/limits.h) of it.
 struct Lists {
   // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and each rank's count of them.
   uint32_t* lists;
@@ -40,10 +40,6 @@ struct Lists {
     nExperts = ints(nRanks);
     needed = ints(nRanks);
     demand = ints(v.comm.nExperts + nRanks);
-  }
-  static size_t bytes(const LatencyLayout& layout, int nExperts, int nLocal) {
-    const size_t r = static_cast<size_t>(layout.nRanks), l = static_cast<size_t>(nLocal) + 1;
-    return sizeof(int) * (6 * r + l * (r * layout.words() + r) + l + static_cast<size_t>(nExperts));
   }
 
   __device__ __forceinline__ int stride() const { return nRanks * (words + 1); }

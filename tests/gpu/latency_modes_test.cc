@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <functional>
 #include <thread>
 
 #include "gpu/latency_case.h"
@@ -29,57 +30,73 @@ DecodeShape decodeOf(int nRanks) {
   return shape;
 }
 
+// A routing for each mode, on one communicator in ncclMoeModeAuto.
+struct BothModes {
+  int nRanks;
+  DecodeShape prefill, decode;
+  ncclMoeRouting_t large = nullptr, small = nullptr;
+};
+
+// Over 2 and 3 ranks.
+void runBothModes(uint64_t seed, bool hostCounts,
+                  const std::function<std::string(GpuRank&, Meeting&, const BothModes&)>& body) {
+  for (const int nRanks : {2, 3}) {
+    DecodeRun run;
+    run.nRanks = nRanks;
+    run.mode = ncclMoeModeAuto;
+    const std::string wrong =
+      runDecode(prefillOf(nRanks).world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
+        BothModes both{nRanks, prefillOf(nRanks), decodeOf(nRanks)};
+        ncclMoeRoutingConfig_t large = both.prefill.routing(), small = both.decode.routing();
+        large.hostCounts = small.hostCounts = hostCounts ? 1 : 0;
+        RANK_OK(ncclMoeRoutingCreate(&both.large, rank.comm(), &large), rank.comm());
+        RANK_OK(ncclMoeRoutingCreate(&both.small, rank.comm(), &small), rank.comm());
+        return body(rank, meeting, both);
+      });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
+  }
+}
+
 // ncclMoeModeAuto serves prefill and decode from one communicator, their calls on one stream or on two.
 TEST(GpuLatencyMode, BothModesAlternate) {
   NEED_GPUS(1);
   constexpr int kRounds = 10;
   const uint64_t seed = testSeed();
-  for (const int nRanks : {2, 3}) {
-    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
-    DecodeRun run;
-    run.nRanks = nRanks;
-    run.mode = ncclMoeModeAuto;
-    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting&) -> std::string {
-      ncclMoeRouting_t large = nullptr, small = nullptr;
-      const ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
-      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
-      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
-      Stream other;
-      Random order(seed);
-      for (int round = 0; round < kRounds; round++) {
-        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
-        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), decode);
-        CallPair callsA(rank, a), callsB(rank, b);
-        RANK_TRY(callsA.upload(rank, round % 3 == 0));
-        RANK_TRY(callsB.upload(rank, round % 3 == 1));
-        const cudaStream_t streamB = round % 2 == 0 ? rank.stream() : static_cast<cudaStream_t>(other);
-        int nA = 0, nB = 0;
-        while (nA + nB < 4) {
-          const bool first = nB == 2 || (nA < 2 && chance(order, 0.5));
-          int& n = first ? nA : nB;
-          const ncclMoeRouting_t routing = first ? large : small;
-          const cudaStream_t stream = first ? rank.stream() : streamB;
-          const CallPair& calls = first ? callsA : callsB;
-          if (n++ == 0) {
-            RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), routing, rank.comm(), stream), rank.comm());
-          } else {
-            RANK_OK(ncclMoeCombine(&calls.combine.args(), routing, rank.comm(), stream), rank.comm());
-          }
+  runBothModes(seed, true, [&](GpuRank& rank, Meeting&, const BothModes& both) -> std::string {
+    Stream other;
+    Random order(seed);
+    for (int round = 0; round < kRounds; round++) {
+      const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), both.prefill);
+      const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), both.decode);
+      CallPair callsA(rank, a), callsB(rank, b);
+      RANK_TRY(callsA.upload(rank, round % 3 == 0));
+      RANK_TRY(callsB.upload(rank, round % 3 == 1));
+      const cudaStream_t streamB = round % 2 == 0 ? rank.stream() : static_cast<cudaStream_t>(other);
+      int nA = 0, nB = 0;
+      while (nA + nB < 4) {
+        const bool first = nB == 2 || (nA < 2 && chance(order, 0.5));
+        int& n = first ? nA : nB;
+        const ncclMoeRouting_t routing = first ? both.large : both.small;
+        const cudaStream_t stream = first ? rank.stream() : streamB;
+        const CallPair& calls = first ? callsA : callsB;
+        if (n++ == 0) {
+          RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), routing, rank.comm(), stream), rank.comm());
+        } else {
+          RANK_OK(ncclMoeCombine(&calls.combine.args(), routing, rank.comm(), stream), rank.comm());
         }
-        RANK_CUDA(cudaStreamSynchronize(other));
-        RANK_TRY(asyncIs(rank, ncclSuccess));
-        RANK_TRY(rank.download());
-        RANK_TRY(callsA.verify());
-        RANK_TRY(callsB.verify());
-        int64_t nRows = 0;
-        RANK_OK(ncclMoeRoutingGetCounts(small, rank.comm(), &nRows, nullptr), rank.comm());
-        RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
-        rank.forget();
       }
-      return "";
-    });
-    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
-  }
+      RANK_CUDA(cudaStreamSynchronize(other));
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_TRY(rank.download());
+      RANK_TRY(callsA.verify());
+      RANK_TRY(callsB.verify());
+      int64_t nRows = 0;
+      RANK_OK(ncclMoeRoutingGetCounts(both.small, rank.comm(), &nRows, nullptr), rank.comm());
+      RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+      rank.forget();
+    }
+    return "";
+  });
 }
 
 constexpr size_t kPiece = size_t{2} << 20; // more than any of their tensors: a graph finds them where they were
@@ -99,56 +116,45 @@ TEST(GpuLatencyMode, GraphBetweenCallsOfThroughputMode) {
   NEED_GPUS(1);
   constexpr int kRounds = 10, kCalls = 4; // of the two prefills of a round
   const uint64_t seed = testSeed();
-  for (const int nRanks : {2, 3}) {
-    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
-    DecodeRun run;
-    run.nRanks = nRanks;
-    run.mode = ncclMoeModeAuto;
-    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
-      ncclMoeRouting_t large = nullptr, small = nullptr;
-      const ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
-      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
-      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
-      cudaGraphExec_t graph = nullptr;
-      Random order(seed);
-      for (int round = 0; round < kRounds; round++) {
-        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), prefill);
-        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), prefill);
-        const DecodeCase c = makeDecode(seed + 200 + static_cast<uint64_t>(round), decode);
-        rank.forget(kPiece);
-        CallPair callsA(rank, a), callsB(rank, b), callsC(rank, c, styleInGraph(decode, c, rank.rank()));
-        RANK_TRY(callsC.upload(rank, true)); // before the others: always to the same addresses
-        RANK_TRY(callsA.upload(rank, round % 3 == 0));
-        RANK_TRY(callsB.upload(rank, round % 3 == 1));
-        if (graph == nullptr) {
-          RANK_TRY(captureAll(rank, meeting, nRanks, &graph, [&] { return callsC.enqueue(rank, small); }));
-        }
-        const int behind = pick(order, 1, kCalls - 1);
-        for (int call = 0; call < kCalls; call++) {
-          const CallPair& calls = call < 2 ? callsA : callsB;
-          if (call == behind) RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
-          if (call % 2 == 0) {
-            RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), large, rank.comm(), rank.stream()), rank.comm());
-          } else {
-            RANK_OK(ncclMoeCombine(&calls.combine.args(), large, rank.comm(), rank.stream()), rank.comm());
-          }
-        }
-        RANK_TRY(asyncIs(rank, ncclSuccess));
-        RANK_TRY(rank.download());
-        const std::string where = format("in round %d, the graph behind %d calls: ", round, behind);
-        for (const CallPair* calls : {&callsA, &callsB, &callsC}) {
-          const std::string bad = calls->verify();
-          if (!bad.empty()) return where + (calls == &callsC ? "decode: " : "prefill: ") + bad;
-        }
-        int64_t nRows = 0;
-        RANK_OK(ncclMoeRoutingGetCounts(large, rank.comm(), &nRows, nullptr), rank.comm());
-        RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+  runBothModes(seed, true, [&](GpuRank& rank, Meeting& meeting, const BothModes& both) -> std::string {
+    cudaGraphExec_t graph = nullptr;
+    Random order(seed);
+    for (int round = 0; round < kRounds; round++) {
+      const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(round), both.prefill);
+      const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(round), both.prefill);
+      const DecodeCase c = makeDecode(seed + 200 + static_cast<uint64_t>(round), both.decode);
+      rank.forget(kPiece);
+      CallPair callsA(rank, a), callsB(rank, b), callsC(rank, c, styleInGraph(both.decode, c, rank.rank()));
+      RANK_TRY(callsC.upload(rank, true)); // before the others: always to the same addresses
+      RANK_TRY(callsA.upload(rank, round % 3 == 0));
+      RANK_TRY(callsB.upload(rank, round % 3 == 1));
+      if (graph == nullptr) {
+        RANK_TRY(captureAll(rank, meeting, both.nRanks, &graph, [&] { return callsC.enqueue(rank, both.small); }));
       }
-      RANK_CUDA(cudaGraphExecDestroy(graph));
-      return "";
-    });
-    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
-  }
+      const int behind = pick(order, 1, kCalls - 1);
+      for (int call = 0; call < kCalls; call++) {
+        const CallPair& calls = call < 2 ? callsA : callsB;
+        if (call == behind) RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+        if (call % 2 == 0) {
+          RANK_OK(ncclMoeDispatch(&calls.dispatch.args(), both.large, rank.comm(), rank.stream()), rank.comm());
+        } else {
+          RANK_OK(ncclMoeCombine(&calls.combine.args(), both.large, rank.comm(), rank.stream()), rank.comm());
+        }
+      }
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_TRY(rank.download());
+      const std::string where = format("in round %d, the graph behind %d calls: ", round, behind);
+      for (const CallPair* calls : {&callsA, &callsB, &callsC}) {
+        const std::string bad = calls->verify();
+        if (!bad.empty()) return where + (calls == &callsC ? "decode: " : "prefill: ") + bad;
+      }
+      int64_t nRows = 0;
+      RANK_OK(ncclMoeRoutingGetCounts(both.large, rank.comm(), &nRows, nullptr), rank.comm());
+      RANK_CHECK(nRows == b.reference->delivery(rank.rank()).nRows);
+    }
+    RANK_CUDA(cudaGraphExecDestroy(graph));
+    return "";
+  });
 }
 
 // A graph that holds calls of either mode, a decode step between a prefill's dispatch and its combine.
@@ -156,47 +162,36 @@ TEST(GpuLatencyMode, GraphOfBothModes) {
   NEED_GPUS(1);
   constexpr int kReplays = 10;
   const uint64_t seed = testSeed();
-  for (const int nRanks : {2, 3}) {
-    const DecodeShape prefill = prefillOf(nRanks), decode = decodeOf(nRanks);
-    DecodeRun run;
-    run.nRanks = nRanks;
-    run.mode = ncclMoeModeAuto;
-    const std::string wrong = runDecode(prefill.world(), run, [&](GpuRank& rank, Meeting& meeting) -> std::string {
-      ncclMoeRouting_t large = nullptr, small = nullptr;
-      ncclMoeRoutingConfig_t largeConfig = prefill.routing(), smallConfig = decode.routing();
-      largeConfig.hostCounts = smallConfig.hostCounts = 0; // so that the kernels of the throughput dispatch overlap
-      RANK_OK(ncclMoeRoutingCreate(&large, rank.comm(), &largeConfig), rank.comm());
-      RANK_OK(ncclMoeRoutingCreate(&small, rank.comm(), &smallConfig), rank.comm());
-      cudaGraphExec_t graph = nullptr;
-      for (int replay = 0; replay < kReplays; replay++) {
-        const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(replay), prefill);
-        const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(replay), decode);
-        rank.forget(kPiece);
-        CallPair callsA(rank, a, styleInGraph(prefill, a, rank.rank()));
-        CallPair callsB(rank, b, styleInGraph(decode, b, rank.rank()));
-        RANK_TRY(callsA.upload(rank, nRanks == 2)); // or else by way of the windows
-        RANK_TRY(callsB.upload(rank, false));
-        if (graph == nullptr) {
-          RANK_TRY(captureAll(rank, meeting, nRanks, &graph, [&]() -> std::string {
-            RANK_OK(ncclMoeDispatch(&callsA.dispatch.args(), large, rank.comm(), rank.stream()), rank.comm());
-            RANK_TRY(callsB.enqueue(rank, small));
-            RANK_OK(ncclMoeCombine(&callsA.combine.args(), large, rank.comm(), rank.stream()), rank.comm());
-            return "";
-          }));
-        }
-        RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
-        RANK_TRY(asyncIs(rank, ncclSuccess));
-        RANK_TRY(rank.download());
-        for (const CallPair* calls : {&callsA, &callsB}) {
-          const std::string bad = calls->verify();
-          if (!bad.empty()) return format("in replay %d, %s: ", replay, calls == &callsA ? "prefill" : "decode") + bad;
-        }
+  // No counts on the host, so that the kernels of the throughput dispatch overlap.
+  runBothModes(seed, false, [&](GpuRank& rank, Meeting& meeting, const BothModes& both) -> std::string {
+    cudaGraphExec_t graph = nullptr;
+    for (int replay = 0; replay < kReplays; replay++) {
+      const DecodeCase a = makeDecode(seed + static_cast<uint64_t>(replay), both.prefill);
+      const DecodeCase b = makeDecode(seed + 100 + static_cast<uint64_t>(replay), both.decode);
+      rank.forget(kPiece);
+      CallPair callsA(rank, a, styleInGraph(both.prefill, a, rank.rank()));
+      CallPair callsB(rank, b, styleInGraph(both.decode, b, rank.rank()));
+      RANK_TRY(callsA.upload(rank, both.nRanks == 2)); // or else by way of the windows
+      RANK_TRY(callsB.upload(rank, false));
+      if (graph == nullptr) {
+        RANK_TRY(captureAll(rank, meeting, both.nRanks, &graph, [&]() -> std::string {
+          RANK_OK(ncclMoeDispatch(&callsA.dispatch.args(), both.large, rank.comm(), rank.stream()), rank.comm());
+          RANK_TRY(callsB.enqueue(rank, both.small));
+          RANK_OK(ncclMoeCombine(&callsA.combine.args(), both.large, rank.comm(), rank.stream()), rank.comm());
+          return "";
+        }));
       }
-      RANK_CUDA(cudaGraphExecDestroy(graph));
-      return "";
-    });
-    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << ", " << nRanks << " ranks";
-  }
+      RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      RANK_TRY(rank.download());
+      for (const CallPair* calls : {&callsA, &callsB}) {
+        const std::string bad = calls->verify();
+        if (!bad.empty()) return format("in replay %d, %s: ", replay, calls == &callsA ? "prefill" : "decode") + bad;
+      }
+    }
+    RANK_CUDA(cudaGraphExecDestroy(graph));
+    return "";
+  });
 }
 
 // Two routings of latency mode on two streams that the caller does not order, each call wanting all SMs.  Were they to run in
