@@ -1,6 +1,7 @@
 #include "perf/moe/bench.h"
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 
 #include "perf/moe/checker.h"
@@ -8,6 +9,13 @@
 #include "perf/moe/perf_error.h"
 
 namespace moe::perf {
+
+void beLate(int rank, const Series& series) {
+  using Clock = std::chrono::steady_clock;
+  if (rank != 0) return;
+  const Clock::time_point until = Clock::now() + std::chrono::microseconds(series.lateUs);
+  while (Clock::now() < until) {} // sleeping takes 50 us longer
+}
 
 namespace {
 
@@ -141,7 +149,7 @@ class RankRun {
   ncclResult_t timeCall(const Call& call, Measurement* m) {
     const auto n = static_cast<size_t>(o_.iterations);
     std::vector<double> us(n);
-    PERFCHECK(device_.time(call, o_.warmup, o_.iterations, o_.graphCalls, us.data()));
+    PERFCHECK(device_.time(call, {o_.warmup, o_.iterations, o_.graphCalls, o_.lateUs}, us.data()));
     PERFCHECK(settle());
     std::vector<double> all(n * static_cast<size_t>(group_.nRanks()));
     PERFCHECK(group_.allGather(us.data(), all.data(), n * sizeof(double)));

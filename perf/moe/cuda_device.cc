@@ -150,10 +150,10 @@ class CudaDevice : public Device {
     return ncclSuccess;
   }
 
-  ncclResult_t time(const Call& call, int warmup, int n, int graphCalls, double* us) override {
-    if (graphCalls > 0) return timeGraph(call, warmup, n, graphCalls, us);
+  ncclResult_t time(const Call& call, const Series& series, double* us) override {
+    if (series.graphCalls > 0) return timeGraph(call, series, us);
     PERFCHECK(prepareMeeting());
-    for (int i = -warmup; i < n; i++) {
+    for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(synchronize());
       PERFCHECK(group_.barrier());
       // The host has enqueued the call by the time the caches are flushed and the ranks have met, so that neither its work
@@ -235,22 +235,23 @@ class CudaDevice : public Device {
     return ncclSuccess;
   }
 
-  ncclResult_t timeGraph(const Call& call, int warmup, int n, int graphCalls, double* us) {
+  ncclResult_t timeGraph(const Call& call, const Series& series, double* us) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     CUDAPERF(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     ncclResult_t result = ncclSuccess;
-    for (int i = 0; i < graphCalls && result == ncclSuccess; i++) result = call(stream_);
+    for (int i = 0; i < series.graphCalls && result == ncclSuccess; i++) result = call(stream_);
     CUDAPERF(cudaStreamEndCapture(stream_, &graph));
     PERFCHECK(result);
     CUDAPERF(cudaGraphInstantiate(&executable, graph, 0));
     CUDAPERF(cudaGraphDestroy(graph));
-    for (int i = -warmup; i < n; i++) {
+    for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(group_.barrier());
+      beLate(group_.rank(), series);
       CUDAPERF(cudaEventRecord(begin_, stream_));
       CUDAPERF(cudaGraphLaunch(executable, stream_));
       CUDAPERF(cudaEventRecord(end_, stream_));
-      PERFCHECK(elapsed(i >= 0 ? &us[i] : nullptr, graphCalls));
+      PERFCHECK(elapsed(i >= 0 ? &us[i] : nullptr, series.graphCalls));
     }
     CUDAPERF(cudaGraphExecDestroy(executable));
     return ncclSuccess;
@@ -323,7 +324,7 @@ class CudaDevice : public Device {
     };
     constexpr int nPasses = 21;
     double us[nPasses];
-    PERFCHECK(time(copyRows, 3, nPasses, 0, us));
+    PERFCHECK(time(copyRows, {3, nPasses}, us));
     std::vector<double> all(static_cast<size_t>(group_.nRanks()) * nPasses);
     PERFCHECK(group_.allGather(us, all.data(), sizeof(us)));
     std::vector<double> slowest(nPasses, 0.0);

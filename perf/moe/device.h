@@ -13,6 +13,16 @@ namespace moe::perf {
 
 using Call = std::function<ncclResult_t(cudaStream_t)>;
 
+// n measurements of a call, after some that do not count.
+struct Series {
+  int warmup, n;
+  int graphCalls = 0; // > 0: a measurement is so many calls in a row, and what is noted is the time of one
+  int lateUs = 0;     // with graphCalls: so much later than the others rank 0 begins
+};
+
+// Behind a barrier of the ranks.
+void beLate(int rank, const Series& series);
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -27,9 +37,8 @@ class Device {
   virtual ncclResult_t copyOut(void* toHost, const void* from, size_t bytes) = 0;
   virtual ncclResult_t fill(void* to, int byte, size_t bytes) = 0;
   virtual ncclResult_t synchronize() = 0;
-  // Aligns the ranks before each of n measurements of a call, and times them; with graphCalls > 0 a measurement is that
-  // many calls in a row, and what is noted is the time of one.
-  virtual ncclResult_t time(const Call& call, int warmup, int n, int graphCalls, double* us) = 0;
+  // Aligns the ranks before each measurement, and times it.
+  virtual ncclResult_t time(const Call& call, const Series& series, double* us) = 0;
   // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest rank's.
   // 0 where it cannot be measured.
   virtual ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) = 0;

@@ -78,10 +78,11 @@ class HostDevice : public Device {
   }
   ncclResult_t synchronize() override { return ncclSuccess; }
 
-  ncclResult_t time(const Call& call, int warmup, int n, int graphCalls, double* us) override {
-    const int calls = std::max(1, graphCalls);
-    for (int i = -warmup; i < n; i++) {
+  ncclResult_t time(const Call& call, const Series& series, double* us) override {
+    const int calls = std::max(1, series.graphCalls);
+    for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(group_.barrier());
+      beLate(group_.rank(), series);
       const Clock::time_point start = Clock::now();
       for (int c = 0; c < calls; c++) PERFCHECK(call(nullptr));
       const std::chrono::duration<double, std::micro> elapsed = Clock::now() - start;

@@ -37,6 +37,7 @@ enum LongOption {
   optTimeout,
   optRouting,
   optGraph,
+  optLate,
   optMemory,
   optRival,
 };
@@ -72,6 +73,7 @@ const option longOptions[] = {
   {"timeout", required_argument, nullptr, optTimeout},
   {"routing", required_argument, nullptr, optRouting},
   {"graph", required_argument, nullptr, optGraph},
+  {"late", required_argument, nullptr, optLate},
   {"memory", required_argument, nullptr, optMemory},
   {"rival", required_argument, nullptr, optRival},
   {nullptr, 0, nullptr, 0},
@@ -168,6 +170,8 @@ ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
     return perfFail(ncclInvalidArgument, "--combine-quant casts sums to bfloat16, and not with --exact");
   if (o.combineQuant != ncclMoeQuantNone && o.mode == ncclMoeModeThroughput)
     return perfFail(ncclInvalidArgument, "--combine-quant is for latency mode, not --mode throughput");
+  if (o.lateUs != 0 && o.graphCalls == 0)
+    return perfFail(ncclInvalidArgument, "--late needs --graph: before single calls the ranks meet");
   if (o.layout != ncclMoeLayoutExpertMajor && o.align != 1)
     return perfFail(ncclInvalidArgument, "--align needs --layout expert");
   if (o.quant != ncclMoeQuantNone && o.type != ncclBfloat16)
@@ -259,6 +263,8 @@ ncclResult_t parseOne(int opt, const char* arg, Options* o, bool* weightsGiven) 
     return parseRouting(arg, &o->routing);
   case optGraph:
     return toInt(opt, arg, 0, 100000, &o->graphCalls);
+  case optLate:
+    return toInt(opt, arg, 0, 1000000, &o->lateUs);
   case optMemory:
     return choose(opt, arg, memories, &o->libraryMemory);
   case optRival:
@@ -412,6 +418,8 @@ const char* usageText() {
          "                            then N pairs of a dispatch and a combine likewise, whose results are not "
          "verified\n"
          "                            (0: single calls)\n"
+         "      --late US             with --graph, rank 0 begins so much later than the others, whose time counts it\n"
+         "                            (0)\n"
          "      --rival R             none, nccl: also times the same rows between the same ranks by plain ncclSend "
          "and\n"
          "                            ncclRecv, in whose favour counts, order and own rows are left out; cuda only "

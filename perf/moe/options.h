@@ -48,6 +48,7 @@ struct Options {
   uint64_t seed = 1;
   int timeoutSeconds = 100;
   int graphCalls = 0;        // 0: one call is timed
+  int lateUs = 0;            // what rank 0 is late with each graph
   bool libraryMemory = true; // rows lie in ncclMoeMemAlloc's memory
   bool rivalNccl = false;    // time plain sends and receives too
   RoutingSpec routing;

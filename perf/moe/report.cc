@@ -146,8 +146,9 @@ std::string describeMachine() {
 
 void Report::header() {
   const Shape s = shapeOf(o_, static_cast<int>(info_.ranks.size()), o_.maxTokens);
+  const std::string late = o_.lateUs > 0 ? ", rank 0 begins " + std::to_string(o_.lateUs) + " us late" : "";
   const std::string measured =
-    o_.graphCalls > 0 ? std::to_string(o_.graphCalls) + " calls in a row, time of one" : "single calls";
+    o_.graphCalls > 0 ? std::to_string(o_.graphCalls) + " calls in a row, time of one" + late : "single calls";
   printf("# moe_perf, libmoenccl %s\n", versionText().c_str());
   printf("# machine: %s\n", info_.machine.c_str());
   for (size_t r = 0; r < info_.ranks.size(); r++) printf("#   Rank %2zu %s\n", r, info_.ranks[r].c_str());
@@ -251,6 +252,7 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
                      {"iters", o_.iterations},
                      {"warmup", o_.warmup},
                      {"graph", o_.graphCalls},
+                     {"late_us", o_.lateUs},
                      {"check", o_.checks}};
   j["results"] = nlohmann::json::array();
   for (const SizeResult& r : results_) {

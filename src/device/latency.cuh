@@ -198,7 +198,7 @@ __device__ __forceinline__ Progress goOn(const CommView& c, int phase, int peer,
     return Progress::failed;
   }
   if (waited > kStallNs) {
-    if (*c.abortFlag != 0) {
+    if (abortIsDue(start + waited) && *c.abortFlag != 0) {
       recordFailure(c, kFailAborted, phase, peer, tag);
       return Progress::failed;
     }

@@ -413,7 +413,12 @@ __device__ __forceinline__ Progress receiveItem(const LatencyCombineArgs& a, con
                                                 unsigned long long masked, unsigned buffer, int nTokens, int item,
                                                 bool mayStall) {
   const LatencyView& v = a.view;
-  if (item == 0) return receiveHeaders(v, call, masked, a.signature, 0, 32, mayStall, true, [](int, const uint4&) {});
+  if (item == 0) {
+    const Progress progress =
+      receiveHeaders(v, call, masked, a.signature, 0, 32, mayStall, true, [](int, const uint4&) {});
+    if (progress == Progress::done) admitKernelBehind();
+    return progress;
+  }
   const unsigned i = item - 1, n = nTokens;
   const int t = static_cast<int>(i % n), unit = static_cast<int>(shape.firstUnit + i / n);
   const int pick = pickOfLane(v, loadPicks(v, buffer, v.comm.rank, t));
@@ -447,6 +452,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   awaitKernelBefore();
   if (threadIdx.x < 32) open(v, &opening);
   __syncthreads();
+  if (blockIdx.x != 0 || !a.halves.receive) admitKernelBehind();
   if (threadIdx.x == kThreads - 1 && a.halves.receive) addTicket(&stateOf(v)->calls);
   const unsigned long long masked = opening.masked;
   // A failed rank's last dispatch may not have come as far as to say what is in the tensors.

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       Progress progress = gatherHeaders(a, call, opening, lists, mayStall, block == firstReceiving);
       int n = 0;
       if (__syncthreads_and(progress == Progress::done) != 0) {
+        admitKernelBehind();
 #pragma unroll 1
         for (int r = 0; r < v.comm.nRanks; r++) n += lists.nTokens[r];
         nReceivers = receivingBlocks(nBlocks - firstReceiving, n * nUnits);

@@ -130,6 +130,15 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
   f->code = code;
 }
 
+// Whether it is this warp's turn to look at the abort flag: each has one in 4 ms, so that few look at a time.  The flag lies in host
+// memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
+// late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
+__device__ __forceinline__ bool abortIsDue(uint64_t nowNs) {
+  constexpr unsigned kTurnBits = 15, kTurns = 128; // a turn is 33 us, which is about what passes between two checks of a wait
+  const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  return (static_cast<unsigned>(nowNs >> kTurnBits) + warp) % kTurns == 0;
+}
+
 // Calls ready() until it is true.  Ends with false, the failure recorded, after the communicator's timeout, on abort,
 // or where another wait of this rank has failed.  May diverge.
 template <class Ready>
@@ -140,11 +149,12 @@ __device__ __forceinline__ bool waitUntil(const CommView& c, int phase, int peer
     if (ready()) return true;
     if (polls % 64 != 0) continue;
     if (*reinterpret_cast<volatile uint32_t*>(&control(c)->failed) != 0) return false;
-    if (globalTimerNs() - start > c.timeoutNs) {
+    const uint64_t now = globalTimerNs();
+    if (now - start > c.timeoutNs) {
       recordFailure(c, kFailTimeout, phase, peer, epoch);
       return false;
     }
-    if (polls % 1024 == 0 && *c.abortFlag != 0) {
+    if (abortIsDue(now) && *c.abortFlag != 0) {
       recordFailure(c, kFailAborted, phase, peer, epoch);
       return false;
     }
