@@ -14,7 +14,8 @@ void beLate(int rank, const Series& series) {
   using Clock = std::chrono::steady_clock;
   if (rank != 0) return;
   const Clock::time_point until = Clock::now() + std::chrono::microseconds(series.lateUs);
-  while (Clock::now() < until) {} // sleeping takes 50 us longer
+  while (Clock::now() < until) {
+  } // sleeping takes 50 us longer
 }
 
 namespace {
@@ -281,8 +282,9 @@ class RankRun {
         progress(index, nSizes, "verifying");
         Shape fresh = shape; // the same routing, new data in every run
         fresh.seed = mix64(shape.seed + static_cast<uint64_t>(i) + 1);
-        PERFCHECK(verify(Case{fresh, routing, delivery, c.rank, c.capacity}, b, dispatch, combine, &wrongDispatch,
-                         &wrongCombine));
+        const Case data{fresh, routing, delivery, c.rank, c.capacity};
+        PERFCHECK(verify(data, b, dispatch, combine, &wrongDispatch, &wrongCombine));
+        if (o_.graphCalls > 0) PERFCHECK(verifyPairs(data, b, pair, &wrongDispatch, &wrongCombine));
       }
       PERFCHECK(sumOverRanks(wrongDispatch, &(*results)[n].dispatch.wrong));
       PERFCHECK(sumOverRanks(wrongCombine, &(*results)[n].combine.wrong));
@@ -295,15 +297,27 @@ class RankRun {
     PERFCHECK(writeInputs(device_, b, c));
     PERFCHECK(poisonDispatch(device_, b, c));
     PERFCHECK(device_.synchronize());
-    PERFCHECK(dispatch(device_.stream()));
+    PERFCHECK(device_.run(dispatch, o_.graphCalls));
     PERFCHECK(settle());
     PERFCHECK(checkDispatch(device_, b, c, wrongDispatch));
     // Combine reads the weights that dispatch delivered, but rows that do not depend on it.
     PERFCHECK(writeExpertRows(device_, b, c));
     PERFCHECK(poisonCombine(device_, b, c));
     PERFCHECK(device_.synchronize());
-    PERFCHECK(combine(device_.stream()));
+    PERFCHECK(device_.run(combine, o_.graphCalls));
     PERFCHECK(settle());
+    return checkCombine(device_, b, c, wrongCombine);
+  }
+
+  // Behind verify: the inputs and the experts' rows lie ready.
+  ncclResult_t verifyPairs(const Case& c, const Buffers& b, const Call& pair, int64_t* wrongDispatch,
+                           int64_t* wrongCombine) {
+    PERFCHECK(poisonDispatch(device_, b, c));
+    PERFCHECK(poisonCombine(device_, b, c));
+    PERFCHECK(device_.synchronize());
+    PERFCHECK(device_.run(pair, o_.graphCalls));
+    PERFCHECK(settle());
+    PERFCHECK(checkDispatch(device_, b, c, wrongDispatch));
     return checkCombine(device_, b, c, wrongCombine);
   }
 

@@ -150,6 +150,18 @@ class CudaDevice : public Device {
     return ncclSuccess;
   }
 
+  ncclResult_t run(const Call& call, int graphCalls) override {
+    if (graphCalls == 0) {
+      PERFCHECK(call(stream_));
+      return synchronize();
+    }
+    GraphPtr graph;
+    PERFCHECK(capture(call, graphCalls, &graph));
+    PERFCHECK(group_.barrier()); // preparing a graph may wait for kernels, which may wait for this rank's
+    CUDAPERF(cudaGraphLaunch(graph.get(), stream_));
+    return synchronize();
+  }
+
   ncclResult_t time(const Call& call, const Series& series, double* us) override {
     if (series.graphCalls > 0) return timeGraph(call, series, us);
     PERFCHECK(prepareMeeting());
@@ -235,25 +247,36 @@ class CudaDevice : public Device {
     return ncclSuccess;
   }
 
-  ncclResult_t timeGraph(const Call& call, const Series& series, double* us) {
+  struct GraphDeleter {
+    void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
+  };
+  using GraphPtr = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphDeleter>;
+  ncclResult_t capture(const Call& call, int nCalls, GraphPtr* executable) {
     cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
     CUDAPERF(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     ncclResult_t result = ncclSuccess;
-    for (int i = 0; i < series.graphCalls && result == ncclSuccess; i++) result = call(stream_);
+    for (int i = 0; i < nCalls && result == ncclSuccess; i++) result = call(stream_);
     CUDAPERF(cudaStreamEndCapture(stream_, &graph));
+    cudaGraphExec_t instance = nullptr;
+    const cudaError_t made = result == ncclSuccess ? cudaGraphInstantiate(&instance, graph, 0) : cudaSuccess;
+    executable->reset(instance);
+    cudaGraphDestroy(graph);
     PERFCHECK(result);
-    CUDAPERF(cudaGraphInstantiate(&executable, graph, 0));
-    CUDAPERF(cudaGraphDestroy(graph));
+    CUDAPERF(made);
+    return ncclSuccess;
+  }
+
+  ncclResult_t timeGraph(const Call& call, const Series& series, double* us) {
+    GraphPtr graph;
+    PERFCHECK(capture(call, series.graphCalls, &graph));
     for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(group_.barrier());
       beLate(group_.rank(), series);
       CUDAPERF(cudaEventRecord(begin_, stream_));
-      CUDAPERF(cudaGraphLaunch(executable, stream_));
+      CUDAPERF(cudaGraphLaunch(graph.get(), stream_));
       CUDAPERF(cudaEventRecord(end_, stream_));
       PERFCHECK(elapsed(i >= 0 ? &us[i] : nullptr, series.graphCalls));
     }
-    CUDAPERF(cudaGraphExecDestroy(executable));
     return ncclSuccess;
   }
 

@@ -37,6 +37,8 @@ class Device {
   virtual ncclResult_t copyOut(void* toHost, const void* from, size_t bytes) = 0;
   virtual ncclResult_t fill(void* to, int byte, size_t bytes) = 0;
   virtual ncclResult_t synchronize() = 0;
+  // A call, or as many in a row as are timed with graphCalls, to their end.
+  virtual ncclResult_t run(const Call& call, int graphCalls) = 0;
   // Aligns the ranks before each measurement, and times it.
   virtual ncclResult_t time(const Call& call, const Series& series, double* us) = 0;
   // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest rank's.

@@ -78,15 +78,18 @@ class HostDevice : public Device {
   }
   ncclResult_t synchronize() override { return ncclSuccess; }
 
+  ncclResult_t run(const Call& call, int graphCalls) override {
+    for (int c = 0; c < std::max(1, graphCalls); c++) PERFCHECK(call(nullptr));
+    return ncclSuccess;
+  }
   ncclResult_t time(const Call& call, const Series& series, double* us) override {
-    const int calls = std::max(1, series.graphCalls);
     for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(group_.barrier());
       beLate(group_.rank(), series);
       const Clock::time_point start = Clock::now();
-      for (int c = 0; c < calls; c++) PERFCHECK(call(nullptr));
+      PERFCHECK(run(call, series.graphCalls));
       const std::chrono::duration<double, std::micro> elapsed = Clock::now() - start;
-      if (i >= 0) us[i] = elapsed.count() / calls;
+      if (i >= 0) us[i] = elapsed.count() / std::max(1, series.graphCalls);
     }
     return ncclSuccess;
   }

@@ -182,8 +182,7 @@ void Report::header() {
       "#           known and the rows lie in the order of the ranks; own rows, ids and weights do not move;\n"
       "#           /time: that over ours\n#\n");
   if (o_.graphCalls > 0)
-    printf("# pair      time of a dispatch and a combine, one after the other: of %d such pairs in a row;\n"
-           "#           their results are not verified\n#\n",
+    printf("# pair      time of a dispatch and a combine, one after the other: of %d such pairs in a row\n#\n",
            o_.graphCalls);
   const std::vector<ColumnGroup> groups = groupsOf(o_);
   printTitles(groups);

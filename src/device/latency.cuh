@@ -25,6 +25,9 @@
 // looked.  What a dispatch leaves in the state, its last block stores while others may still begin: they look at it only with
 // KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
 // after it sends nothing.
+//   A kernel that has heard from all peers admits the one behind it (admitKernelBehind).  That one comes when all blocks of this one have
+// admitted it or ended, so none of them still wants an SM; until then this one may wait for a peer as long as it likes, and a kernel that
+// waits behind it would hold SMs which the peer's way here may need.
 //
 // Who sends.  The items to send are shared out among the sending warps of the grid (Shares).  A warp claims its share by an exchange and
 // then sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that

@@ -134,7 +134,8 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
 // memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
 // late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
 __device__ __forceinline__ bool abortIsDue(uint64_t nowNs) {
-  constexpr unsigned kTurnBits = 15, kTurns = 128; // a turn is 33 us, which is about what passes between two checks of a wait
+  constexpr unsigned kTurnBits = 15,
+                     kTurns = 128; // a turn is 33 us, which is about what passes between two checks of a wait
   const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   return (static_cast<unsigned>(nowNs >> kTurnBits) + warp) % kTurns == 0;
 }
