@@ -37,8 +37,8 @@
  *  - From sm_90 on, latency mode's kernels are launched programmatically (cudaLaunchAttributeProgrammaticStreamSerialization)
  *    and wait for the end of the kernel before them.  If that one triggers its dependents early, their blocks may take SMs
  *    that it has left.  If it was itself launched so, it must wait (cudaGridDependencySynchronize) for what came before.
- *    They trigger theirs once all peers have begun the call: a kernel behind them that is launched so must wait likewise
- *    before it touches what the call reads or writes.
+ *    They trigger theirs once all peers have begun the call: a kernel behind them that is launched so must wait likewise,
+ *    whatever it touches, for those behind it rely on it.  Its blocks may already hold SMs while the call still runs.
  */
 #ifndef NCCL_MOE_H_
 #define NCCL_MOE_H_

@@ -1,7 +1,6 @@
 #include "perf/moe/bench.h"
 
 #include <algorithm>
-#include <chrono>
 #include <numeric>
 
 #include "perf/moe/checker.h"
@@ -9,14 +8,6 @@
 #include "perf/moe/perf_error.h"
 
 namespace moe::perf {
-
-void beLate(int rank, const Series& series) {
-  using Clock = std::chrono::steady_clock;
-  if (rank != 0) return;
-  const Clock::time_point until = Clock::now() + std::chrono::microseconds(series.lateUs);
-  while (Clock::now() < until) {
-  } // sleeping takes 50 us longer
-}
 
 namespace {
 

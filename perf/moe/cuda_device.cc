@@ -271,7 +271,7 @@ class CudaDevice : public Device {
     PERFCHECK(capture(call, series.graphCalls, &graph));
     for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(group_.barrier());
-      beLate(group_.rank(), series);
+      beLate(group_, series.lateUs);
       CUDAPERF(cudaEventRecord(begin_, stream_));
       CUDAPERF(cudaGraphLaunch(graph.get(), stream_));
       CUDAPERF(cudaEventRecord(end_, stream_));

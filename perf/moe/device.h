@@ -20,9 +20,6 @@ struct Series {
   int lateUs = 0;     // with graphCalls: so much later than the others rank 0 begins
 };
 
-// Behind a barrier of the ranks.
-void beLate(int rank, const Series& series);
-
 class Device {
  public:
   virtual ~Device() = default;

@@ -20,20 +20,21 @@
 //
 // What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch
 // brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore)
-// before it reads anything, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
+// before it reads anything that is ever written again, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
 // its own look (of the kernel that receives; that of SEND_ONLY adds nothing), and shows the next call only when all blocks have
 // looked.  What a dispatch leaves in the state, its last block stores while others may still begin: they look at it only with
 // KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
 // after it sends nothing.
-//   A kernel that has heard from all peers admits the one behind it (admitKernelBehind).  That one comes when all blocks of this one have
-// admitted it or ended, so none of them still wants an SM; until then this one may wait for a peer as long as it likes, and a kernel that
-// waits behind it would hold SMs which the peer's way here may need.
+//   A kernel that has heard from all peers, or waits for none, admits the one behind it (admitKernelBehind).  That one comes when all blocks
+// of this one have admitted it or ended, so none of them still wants an SM.  Not before: this one may wait for a late peer for long, and a
+// kernel that waits behind it would hold SMs which the peer's way here may need.  Once all have come, only a peer whose other blocks
+// have not found an SM yet can still keep this one waiting, and with it the one behind.
 //
 // Who sends.  The items to send are shared out among the sending warps of the grid (Shares).  A warp claims its share by an exchange and
 // then sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
 // one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends whatever nobody has
-// claimed yet, and one that ends leaves its SM to the next: whatever else runs, one resident block is enough for the peers to go on,
-// and once they do, so does this rank.
+// claimed yet, and one that ends leaves its SM to the next: one resident block that receives is enough for the peers to go on, and once
+// they do, so does this rank.
 //
 // Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank; but
 // that for the kernel before, which ends by itself.  Each wait has its own deadline.

@@ -452,6 +452,7 @@ __global__ void __launch_bounds__(kThreads, 1) latencyCombineKernel(const __grid
   awaitKernelBefore();
   if (threadIdx.x < 32) open(v, &opening);
   __syncthreads();
+  // Block 0 has the peers' headers among its items to receive; the kernel behind waits for all blocks' word.
   if (blockIdx.x != 0 || !a.halves.receive) admitKernelBehind();
   if (threadIdx.x == kThreads - 1 && a.halves.receive) addTicket(&stateOf(v)->calls);
   const unsigned long long masked = opening.masked;

@@ -130,12 +130,12 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
   f->code = code;
 }
 
-// Whether it is this warp's turn to look at the abort flag: each has one in 4 ms, so that few look at a time.  The flag lies in host
+// Whether it is this warp's turn to look at the abort flag: each has one in 8 ms, so that few look at a time.  The flag lies in host
 // memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
 // late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
 __device__ __forceinline__ bool abortIsDue(uint64_t nowNs) {
-  constexpr unsigned kTurnBits = 15,
-                     kTurns = 128; // a turn is 33 us, which is about what passes between two checks of a wait
+  constexpr unsigned kTurnBits = 16; // a turn is 66 us, longer than what passes between two checks of a wait
+  constexpr unsigned kTurns = 128;
   const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   return (static_cast<unsigned>(nowNs >> kTurnBits) + warp) % kTurns == 0;
 }
