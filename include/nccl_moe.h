@@ -431,9 +431,10 @@ typedef struct ncclMoeCombineArgs {
   int numSms;           /* 0: the communicator's */
   int withGradWeights;  /* 1: weight gradients are returned; gradWeights and gradTopkWeights are then needed, but on
                         * ranks that have no rows, or no tokens.  The same on every rank */
-  ncclMoeQuant_t quant; /* ncclMoeQuantFp8: half the bytes cross.  Latency mode on GPUs only (not on the host backend),
-                         * ncclBfloat16 only, not with EXACT.  Each rank's FP32 sum of a token is not rounded to type
-                         * but cast as dispatch casts rows; the owner adds q * scale, each product rounded to FP32 */
+  ncclMoeQuant_t quant; /* ncclMoeQuantFp8: half the bytes cross.  For routings that latency mode serves (see
+                         * ncclMoeMode_t), ncclBfloat16 and H a multiple of 16, not with EXACT.  Each rank's FP32 sum
+                         * of a token is not rounded to type but cast as dispatch casts rows; the owner adds q * scale,
+                         * each product rounded to FP32 */
 } ncclMoeCombineArgs_t;
 
 #define NCCL_MOE_COMBINE_ARGS_INITIALIZER                                                                              \

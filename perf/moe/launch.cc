@@ -165,8 +165,6 @@ ncclResult_t resolveDevice(const Options& o, int nGpus, bool* cuda) {
   *cuda = o.device == DeviceKind::cuda || (o.device == DeviceKind::automatic && nGpus > 0);
   if (*cuda && nGpus == 0) return perfFail(ncclInvalidUsage, "--device cuda: %s", whyNoGpu);
   if (!*cuda && o.rivalNccl) return perfFail(ncclInvalidArgument, "--rival nccl is for --device cuda");
-  if (!*cuda && o.combineQuant != ncclMoeQuantNone)
-    return perfFail(ncclInvalidArgument, "--combine-quant is for --device cuda");
   if (!*cuda && o.gpus != 1)
     return perfFail(ncclInvalidArgument, "-g is for --device cuda; the host backend's ranks are processes: -r");
   return ncclSuccess;

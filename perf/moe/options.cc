@@ -396,7 +396,7 @@ const char* usageText() {
          "      --weights W           inside, outside: who applies the top-k weights (inside, outside for layout "
          "rank)\n"
          "      --exact               combine rounds once (NCCL_MOE_EXACT)\n"
-         "      --combine-quant Q     none, fp8: how combine's sums travel; cuda and latency mode only (none)\n"
+         "      --combine-quant Q     none, fp8: how combine's sums travel; latency mode only (none)\n"
          "      --num-sms N,N...      SMs of a call, each size with every N (0: the library's choice)\n"
          "      --mode M              auto, throughput, latency\n"
          "      --memory M            library (ncclMoeMemAlloc), plain: where the rows lie (library)\n"

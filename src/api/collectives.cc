@@ -1,6 +1,7 @@
 // Entry points of dispatch, combine and complete: everything that one rank can check by itself is checked here.
 #include "api/entry.h"
 #include "base/types.h"
+#include "comm/limits.h"
 #include "routing/layout.h"
 
 namespace moe {
@@ -151,9 +152,6 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
   const int quant = enumValue(a.quant);
   CHECK_ARG(quant == ncclMoeQuantNone || quant == ncclMoeQuantFp8,
             "%s: args.quant %d is not ncclMoeQuantNone or ncclMoeQuantFp8", function, quant);
-  if (quant != ncclMoeQuantNone && comm.backend->onHost()) { // before what it needs of other arguments
-    return fail(ncclInvalidUsage, "%s: args.quant is for CUDA memory in latency mode", function);
-  }
   const int type = enumValue(a.type);
   CHECK_ARG(type == ncclBfloat16 || type == ncclFloat16 || type == ncclFloat32,
             "%s: args.type %d is not ncclBfloat16, ncclFloat16 or ncclFloat32", function, type);
@@ -171,6 +169,9 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
     CHECK_ARG(a.hidden % 16 == 0, "%s: args.hidden %d is not a multiple of 16, which the FP8 cast needs", function,
               a.hidden);
     CHECK_ARG((a.flags & NCCL_MOE_EXACT) == 0, "%s: args.quant does not go with NCCL_MOE_EXACT", function);
+    if (!servedByLatency(comm.config, comm.nRanks, routing.config.maxTokens)) {
+      return fail(ncclInvalidUsage, "%s: args.quant is for latency mode, which does not serve this routing", function);
+    }
   }
   CHECK_ARG(a.withGradWeights == 0 || a.withGradWeights == 1, "%s: args.withGradWeights %d is not 0 or 1", function,
             a.withGradWeights);

@@ -168,9 +168,6 @@ ncclResult_t DeviceBackend::combine(const ncclMoeCombineArgs_t& args, ncclMoeRou
     MOECHECK(state.latency->combine(args, routing, sms(args.numSms, kLatencySms), stream));
     return followed(stream);
   }
-  if (args.quant != ncclMoeQuantNone) {
-    return fail(ncclInvalidUsage, "ncclMoeCombine: args.quant is for latency mode, which does not serve this routing");
-  }
   CombineArgs combine{};
   combine.comm = view();
   combine.routing = view(routing);

@@ -197,18 +197,12 @@ __device__ __forceinline__ Progress goOn(const CommView& c, int phase, int peer,
                                          bool mayStall) {
   if (*reinterpret_cast<volatile uint32_t*>(&control(c)->failed) != 0) return Progress::failed;
   const uint64_t waited = globalTimerNs() - start;
-  if (waited > c.timeoutNs) {
-    recordFailure(c, kFailTimeout, phase, peer, tag);
+  const bool timedOut = waited > c.timeoutNs;
+  if (timedOut || (waited > kStallNs && abortIsDue() && *c.abortFlag != 0)) {
+    recordFailure(c, timedOut ? kFailTimeout : kFailAborted, phase, peer, tag);
     return Progress::failed;
   }
-  if (waited > kStallNs) {
-    if (abortIsDue(start + waited) && *c.abortFlag != 0) {
-      recordFailure(c, kFailAborted, phase, peer, tag);
-      return Progress::failed;
-    }
-    if (mayStall) return Progress::stalled;
-  }
-  return Progress::done;
+  return waited > kStallNs && mayStall ? Progress::stalled : Progress::done;
 }
 
 // By one thread.

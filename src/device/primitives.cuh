@@ -130,14 +130,16 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
   f->code = code;
 }
 
-// Whether it is this warp's turn to look at the abort flag: each has one in 8 ms, so that few look at a time.  The flag lies in host
+// Whether it is this SM's turn to look at the abort flag: each has one in 8 ms, so that few warps look at a time.  The flag lies in host
 // memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
 // late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
-__device__ __forceinline__ bool abortIsDue(uint64_t nowNs) {
+__device__ __forceinline__ bool abortIsDue() {
   constexpr unsigned kTurnBits = 16; // a turn is 66 us, longer than what passes between two checks of a wait
   constexpr unsigned kTurns = 128;
-  const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  return (static_cast<unsigned>(nowNs >> kTurnBits) + warp) % kTurns == 0;
+  uint32_t ns, sm;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(ns));
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+  return ((ns >> kTurnBits) + sm) % kTurns == 0;
 }
 
 // Calls ready() until it is true.  Ends with false, the failure recorded, after the communicator's timeout, on abort,
@@ -150,12 +152,11 @@ __device__ __forceinline__ bool waitUntil(const CommView& c, int phase, int peer
     if (ready()) return true;
     if (polls % 64 != 0) continue;
     if (*reinterpret_cast<volatile uint32_t*>(&control(c)->failed) != 0) return false;
-    const uint64_t now = globalTimerNs();
-    if (now - start > c.timeoutNs) {
+    if (globalTimerNs() - start > c.timeoutNs) {
       recordFailure(c, kFailTimeout, phase, peer, epoch);
       return false;
     }
-    if (abortIsDue(now) && *c.abortFlag != 0) {
+    if (abortIsDue() && *c.abortFlag != 0) {
       recordFailure(c, kFailAborted, phase, peer, epoch);
       return false;
     }

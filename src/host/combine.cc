@@ -13,7 +13,7 @@ namespace {
 constexpr int kBurst = 8; // rows made for, or tokens taken from the peers before the loop turns to something else
 
 // What a combine's headers say; the names are in op.cc.
-enum Value { vRouting, vHidden, vType, vFlags, vWeights, vGrads };
+enum Value { vRouting, vHidden, vType, vFlags, vWeights, vGrads, vQuant };
 enum Tensor { tX, tGradWeights };
 
 class CombineOp final : public Op {
@@ -21,9 +21,9 @@ class CombineOp final : public Op {
   CombineOp(HostBackend& host, const ncclMoeCombineArgs_t& args, HostRouting& routing)
     : Op(host, OpKind::combine, "ncclMoeCombine"), args_(args), send_(routing.send), recv_(routing.recv),
       topK_(routing.topK), rankMajor_(routing.layout == ncclMoeLayoutRankMajor),
-      exact_((args.flags & NCCL_MOE_EXACT) != 0), grads_(args.withGradWeights != 0),
-      rowBytes_(static_cast<size_t>(args.hidden) * typeBytes(args.type)), made_(host.nRanks(), 0),
-      madeSelections_(host.nRanks(), 0), taken_(host.nRanks(), 0) {
+      exact_((args.flags & NCCL_MOE_EXACT) != 0), cast_(args.quant != ncclMoeQuantNone),
+      grads_(args.withGradWeights != 0), rowBytes_(static_cast<size_t>(args.hidden) * typeBytes(args.type)),
+      made_(host.nRanks(), 0), madeSelections_(host.nRanks(), 0), taken_(host.nRanks(), 0) {
     const bool hasRows = recv_.rowBase(host.nRanks()) > 0;
     value_[vRouting] = routing.id;
     value_[vHidden] = args.hidden;
@@ -31,6 +31,7 @@ class CombineOp final : public Op {
     value_[vFlags] = args.flags;
     value_[vWeights] = hasRows ? args.weights != nullptr : kAny;
     value_[vGrads] = args.withGradWeights;
+    value_[vQuant] = args.quant;
     if (hasRows && args.x == nullptr) mine_ = Verdict{Verdict::missing, tX, 0, 0, 0, 0, 0};
     if (hasRows && grads_ && args.gradWeights == nullptr)
       mine_ = Verdict{Verdict::missing, tGradWeights, 0, 0, 0, 0, 0};
@@ -39,7 +40,9 @@ class CombineOp final : public Op {
  protected:
   void begin() override {
     const size_t perRow = exact_ ? 1 : static_cast<size_t>(topK_);
-    wire_ = WireRow::make(rowBytes_, 0, 0, exact_ && agreed(vWeights) == 1 ? 1 : 0, grads_ ? perRow : 0);
+    const size_t payload = cast_ ? static_cast<size_t>(args_.hidden) : rowBytes_;
+    const size_t scales = NCCL_MOE_QUANT_SCALE_BYTES(args_.quant, args_.hidden); // 0 without the cast
+    wire_ = WireRow::make(payload, scales, 0, exact_ && agreed(vWeights) == 1 ? 1 : 0, grads_ ? perRow : 0);
   }
   ncclResult_t moveRows(bool* progress, bool* finished) override;
   size_t rowBytesFrom(int peer) const override {
@@ -52,7 +55,7 @@ class CombineOp final : public Op {
   bool makeExact(int owner);
   bool takeToken();
   bool takeExact();
-  const void* reduce(int64_t i, void* to) const;
+  const void* reduce(int64_t i, uint8_t* to) const;
   // Row in x of selection k of row i (in the order of dispatch).
   int64_t rowAt(int64_t i, int k) const { return rankMajor_ ? i : recv_.group(recv_.ids(i)[k]) + recv_.slots(i)[k]; }
   const uint8_t* x(int64_t row) const {
@@ -69,7 +72,7 @@ class CombineOp final : public Op {
   const SendPlan& send_;
   const RecvPlan& recv_;
   const int topK_;
-  const bool rankMajor_, exact_, grads_;
+  const bool rankMajor_, exact_, cast_, grads_;
   const size_t rowBytes_;
   WireRow wire_{};
   std::vector<int64_t> made_;       // [R] rows of each owner reduced and sent
@@ -91,19 +94,26 @@ ncclResult_t CombineOp::moveRows(bool* progress, bool* finished) {
   return ncclSuccess;
 }
 
-// This rank's part of row i: where it lies if it need not be computed, or else in `to`.
-const void* CombineOp::reduce(int64_t i, void* to) const {
-  if (rankMajor_) return x(i);
+// This rank's part of row i, as it crosses the wire: where it lies if it need not be computed, or else in `to`.
+const void* CombineOp::reduce(int64_t i, uint8_t* to) const {
+  if (rankMajor_ && !cast_) return x(i);
   const void* rows[NCCL_MOE_MAX_TOPK];
   float weights[NCCL_MOE_MAX_TOPK];
   size_t n = 0;
-  for (int k = 0; k < topK_; k++) {
+  if (rankMajor_) rows[n++] = x(i);
+  for (int k = 0; k < topK_ && !rankMajor_; k++) {
     if (recv_.ids(i)[k] < 0) continue;
     const int64_t row = rowAt(i, k);
     if (args_.weights != nullptr) weights[n] = args_.weights[row];
     rows[n++] = x(row);
   }
-  sumRows(args_.type, static_cast<size_t>(args_.hidden), rows, args_.weights != nullptr ? weights : nullptr, n, to);
+  const auto hidden = static_cast<size_t>(args_.hidden);
+  const float* factors = args_.weights != nullptr ? weights : nullptr;
+  if (cast_) {
+    castSum(hidden, rows, factors, n, to, to + wire_.scaleAt);
+  } else {
+    sumRows(args_.type, hidden, rows, factors, n, to);
+  }
   return to;
 }
 
@@ -156,7 +166,12 @@ bool CombineOp::takeToken() {
   for (int i = 0; i < nDests; i++) {
     if (dests[i] == host_.rank()) rows[i] = reduce(own, host_.scratchRow());
   }
-  sumRows(args_.type, static_cast<size_t>(args_.hidden), rows, nullptr, static_cast<size_t>(nDests), out());
+  const auto hidden = static_cast<size_t>(args_.hidden), n = static_cast<size_t>(nDests);
+  if (cast_) {
+    sumCasts(hidden, rows, n, wire_.scaleAt, out());
+  } else {
+    sumRows(args_.type, hidden, rows, nullptr, n, out());
+  }
   const ExpertHome* homes = send_.homes(nextToken_);
   for (int k = 0; k < topK_ && grads_; k++) {
     *gradOut(k) = 0.0f;

@@ -15,7 +15,7 @@ constexpr const char* kValueNames[][kOpValues] = {
   {},
   {"config.topK", "config.maxTokens", "config.layout", "config.expertAlignment", "config.hostCounts"},
   {"routing", "args.quant", "args.type", "args.hidden", "args.scaleBytes", "args.flags", "args.topkWeights"},
-  {"routing", "args.hidden", "args.type", "args.flags", "args.weights", "args.withGradWeights"},
+  {"routing", "args.hidden", "args.type", "args.flags", "args.weights", "args.withGradWeights", "args.quant"},
   {"bytes"},
   {"ptr"},
 };

@@ -72,6 +72,47 @@ MOE_INLINE void sumAny(ncclDataType_t type, size_t n, const void* const* rows, c
   return sumLoop<Fp32>(n, rows, weights, nRows, out);
 }
 
+constexpr size_t kScaleBlock = NCCL_MOE_SCALE_BLOCK;
+
+MOE_INLINE void castSumLoop(size_t n, const void* const* rows, const float* weights, size_t nRows,
+                            uint8_t* __restrict out, uint8_t* __restrict scales) {
+  for (size_t at = 0; at < n; at += kScaleBlock, scales += sizeof(float)) {
+    const size_t m = std::min(kScaleBlock, n - at);
+    float sum[kScaleBlock] = {};
+    for (size_t r = 0; r < nRows; r++) {
+      const uint16_t* row = static_cast<const uint16_t*>(rows[r]) + at;
+      const float weight = weights != nullptr ? weights[r] : 1.0f; // a product with 1 is what it was
+      for (size_t i = 0; i < m; i++) sum[i] += weight * bf16ToFloat(row[i]);
+    }
+    uint32_t largest = 0; // magnitudes are ordered as their bits; NaNs do not count
+    for (size_t i = 0; i < m; i++) {
+      const uint32_t magnitude = floatBits(sum[i]) & 0x7fffffff;
+      const uint32_t counted = magnitude > 0x7f800000 ? 0 : magnitude;
+      largest = largest > counted ? largest : counted;
+    }
+    const BlockScale scale = blockScaleFp32(blockMax(kMinBlockMax, bitsFloat(largest)));
+    memcpy(scales, &scale.scale, sizeof(float));
+    uint32_t wide[kScaleBlock];
+    for (size_t i = 0; i < m; i++) wide[i] = floatToE4m3Wide(sum[i] * scale.factor);
+    for (size_t i = 0; i < m; i++) out[at + i] = static_cast<uint8_t>(wide[i]);
+  }
+}
+
+MOE_INLINE void sumCastsLoop(size_t n, const void* const* rows, size_t nRows, size_t scaleAt,
+                             uint16_t* __restrict out) {
+  for (size_t at = 0; at < n; at += kScaleBlock) {
+    const size_t m = std::min(kScaleBlock, n - at);
+    float sum[kScaleBlock] = {};
+    for (size_t r = 0; r < nRows; r++) {
+      const uint8_t* row = static_cast<const uint8_t*>(rows[r]);
+      float scale;
+      memcpy(&scale, row + scaleAt + at / kScaleBlock * sizeof(float), sizeof(float));
+      for (size_t i = 0; i < m; i++) sum[i] += e4m3ToFloat(row[at + i]) * scale;
+    }
+    for (size_t i = 0; i < m; i++) out[at + i] = floatToBf16(sum[i]);
+  }
+}
+
 MOE_INLINE void castLoop(ncclMoeQuant_t quant, const uint16_t* __restrict x, int hidden, uint8_t* __restrict out,
                          uint8_t* __restrict scales) {
   int block = 0;
@@ -108,6 +149,13 @@ MOE_AVX2 void sumAvx2(ncclDataType_t type, size_t n, const void* const* rows, co
                       void* out) {
   sumAny(type, n, rows, weights, nRows, out);
 }
+MOE_AVX2 void castSumAvx2(size_t n, const void* const* rows, const float* weights, size_t nRows, uint8_t* out,
+                          uint8_t* scales) {
+  castSumLoop(n, rows, weights, nRows, out, scales);
+}
+MOE_AVX2 void sumCastsAvx2(size_t n, const void* const* rows, size_t nRows, size_t scaleAt, uint16_t* out) {
+  sumCastsLoop(n, rows, nRows, scaleAt, out);
+}
 MOE_AVX2 void castAvx2(ncclMoeQuant_t quant, const uint16_t* x, int hidden, uint8_t* out, uint8_t* scales) {
   castLoop(quant, x, hidden, out, scales);
 }
@@ -138,6 +186,22 @@ void sumRows(ncclDataType_t type, size_t n, const void* const* rows, const float
   if (haveAvx2()) return sumAvx2(type, n, rows, weights, nRows, out);
 #endif
   sumAny(type, n, rows, weights, nRows, out);
+}
+
+void castSum(size_t n, const void* const* rows, const float* weights, size_t nRows, void* out, void* scales) {
+  auto* to = static_cast<uint8_t*>(out);
+  auto* scalesTo = static_cast<uint8_t*>(scales);
+#if defined(__x86_64__)
+  if (haveAvx2()) return castSumAvx2(n, rows, weights, nRows, to, scalesTo);
+#endif
+  castSumLoop(n, rows, weights, nRows, to, scalesTo);
+}
+
+void sumCasts(size_t n, const void* const* rows, size_t nRows, size_t scaleAt, void* out) {
+#if defined(__x86_64__)
+  if (haveAvx2()) return sumCastsAvx2(n, rows, nRows, scaleAt, static_cast<uint16_t*>(out));
+#endif
+  sumCastsLoop(n, rows, nRows, scaleAt, static_cast<uint16_t*>(out));
 }
 
 void castRow(ncclMoeQuant_t quant, const void* x, int hidden, void* out, void* scales) {

@@ -327,15 +327,19 @@ std::vector<BadCombine> badCombines() {
        a.type = ncclFloat32;
        a.hidden = 4;
      },
-     "args.quant,CUDA memory", ncclInvalidUsage}, // whatever else is wrong with it
+     "args.quant,args.type,ncclBfloat16"},
     {"quant with EXACT", kExpertMajor,
      [](Combine& a, const Tensors&) {
        a.quant = ncclMoeQuantFp8;
        a.flags = NCCL_MOE_EXACT;
      },
-     "args.quant,CUDA memory", ncclInvalidUsage},
-    {"quant on the host backend", kRankMajor, [](Combine& a, const Tensors&) { a.quant = ncclMoeQuantFp8; },
-     "args.quant,latency mode", ncclInvalidUsage},
+     "args.quant,NCCL_MOE_EXACT"},
+    {"quant of half a unit", kRankMajor,
+     [](Combine& a, const Tensors&) {
+       a.quant = ncclMoeQuantFp8;
+       a.hidden = 8;
+     },
+     "args.hidden 8,16,FP8"},
     {"withGradWeights 2", kRankMajor,
      [](Combine& a, const Tensors& t) {
        withGradients(a, t);

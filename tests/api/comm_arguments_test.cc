@@ -285,8 +285,8 @@ TEST(Arguments, ShapesThatLatencyModeCannotServe) {
             "");
 }
 
-// Between the halves of a dispatch there are counts in throughput mode alone, as on a GPU.
-TEST(Arguments, CountsBetweenTheHalves) {
+// As on a GPU: between the halves of a dispatch there are counts in throughput mode alone, and sums as FP8 in latency mode alone.
+TEST(Arguments, WhatDependsOnTheMode) {
   EXPECT_EQ(runOne([](Rank& rank) -> std::string {
               for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {
                 for (const int maxTokens : {512, 513}) {
@@ -304,7 +304,9 @@ TEST(Arguments, CountsBetweenTheHalves) {
                   args.flags = NCCL_MOE_SEND_ONLY;
                   RANK_OK(ncclMoeDispatch(&args, routing, comm, nullptr), comm);
                   int64_t nRows = -1;
-                  if (mode == ncclMoeModeThroughput || (mode == ncclMoeModeAuto && maxTokens == 513)) {
+                  const bool throughput =
+                    mode == ncclMoeModeThroughput || (mode == ncclMoeModeAuto && maxTokens == 513);
+                  if (throughput) {
                     RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
                     RANK_CHECK(nRows == kRows);
                   } else {
@@ -315,6 +317,16 @@ TEST(Arguments, CountsBetweenTheHalves) {
                   RANK_OK(ncclMoeComplete(routing, comm, nullptr), comm);
                   RANK_OK(ncclMoeRoutingGetCounts(routing, comm, &nRows, nullptr), comm);
                   RANK_CHECK(nRows == kRows);
+                  ncclMoeCombineArgs_t sums = t.combine();
+                  sums.quant = ncclMoeQuantFp8;
+                  if (throughput) {
+                    RANK_RESULT(ncclMoeCombine(&sums, routing, comm, nullptr), ncclInvalidUsage, comm,
+                                "args.quant,latency mode");
+                    RANK_CHECK(t.out.untouched());
+                  } else {
+                    RANK_OK(ncclMoeCombine(&sums, routing, comm, nullptr), comm);
+                    for (int i = 0; i < kTokens * kHidden; i++) RANK_CHECK(t.out.as<uint16_t>()[i] == 0x4000); // 2
+                  }
                   RANK_OK(ncclMoeCommDestroy(comm), nullptr);
                 }
               }

@@ -202,6 +202,10 @@ DispatchProblem randomDispatch(Random& random, const World& world, const Dispatc
   return p;
 }
 
+bool mayBeCast(const CombineProblem& problem) {
+  return problem.type == ncclBfloat16 && problem.hidden % 16 == 0 && !problem.exact;
+}
+
 CombineProblem randomCombine(Random& random, const World& world, const Reference& reference) {
   const DispatchProblem& p = reference.problem();
   const bool rankMajor = p.layout == ncclMoeLayoutRankMajor;

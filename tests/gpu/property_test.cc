@@ -57,8 +57,7 @@ std::vector<Round> randomRounds(Random& random, const World& world, ncclMoeMode_
     round.combines.push_back(randomCombine(random, world, *round.reference));
     round.combineFlags = chance(random, 0.3) ? NCCL_MOE_SEND_ONLY : 0u;
     CombineProblem& combine = round.combines.back();
-    combine.cast = mode == ncclMoeModeLatency && combine.type == ncclBfloat16 && combine.hidden % 16 == 0 &&
-                   !combine.exact && chance(random, 0.5);
+    combine.cast = mode == ncclMoeModeLatency && mayBeCast(combine) && chance(random, 0.5);
     rounds.push_back(std::move(round));
   }
   return rounds;

@@ -234,8 +234,7 @@ TEST_P(Errors, CombineMismatch) {
   const Reference reference(busyProblem(world, ncclMoeLayoutExpertMajor));
   Random random(testSeed());
   CombineProblem problem = randomCombine(random, world, reference);
-  while (problem.exact || problem.withGradWeights || !problem.weighted || problem.type != ncclFloat32 ||
-         problem.hidden % 8 != 0) {
+  while (problem.exact || problem.withGradWeights || !problem.weighted || !mayBeCast(problem)) {
     problem = randomCombine(random, world, reference);
   }
   using Args = ncclMoeCombineArgs_t;
@@ -245,8 +244,9 @@ TEST_P(Errors, CombineMismatch) {
   };
   alignas(16) static uint8_t scratch[65536];
   const std::vector<Mismatch> table = {
-    {"hidden", [](Args& a) { a.hidden = 4; }},
-    {"type", [](Args& a) { a.type = ncclBfloat16; }},
+    {"hidden", [](Args& a) { a.hidden = 8; }},
+    {"type", [](Args& a) { a.type = ncclFloat16; }},
+    {"quant", [](Args& a) { a.quant = ncclMoeQuantFp8; }},
     {"weights differs,given on rank,NULL on rank", [](Args& a) { a.weights = nullptr; }},
     {"withGradWeights",
      [](Args& a) {

@@ -58,11 +58,11 @@ std::string runCombine(Rank& rank, ncclMoeRouting_t routing, const Round& round,
 
 } // namespace
 
-std::string Job::describe() const { return world.describe(); }
+std::string Job::describe() const { return world.describe() + (latency ? ", latency mode" : ""); }
 
 ncclMoeConfig_t Job::config() const {
   ncclMoeConfig_t config = world.config();
-  config.mode = ncclMoeModeThroughput; // where counts may be asked for between the halves
+  config.mode = latency ? ncclMoeModeLatency : ncclMoeModeThroughput;
   return config;
 }
 
@@ -80,6 +80,7 @@ Job randomJob(uint64_t seed, int nRoutings, int nRounds, const WorldLimits& limi
   Random random(seed);
   Job job;
   job.world = randomWorld(random, limits);
+  job.latency = chance(random, 0.4);
   for (int i = 0; i < nRoutings; i++) {
     RoutingJob routing;
     for (int j = 0; j < nRounds; j++) {
@@ -107,6 +108,7 @@ Job randomJob(uint64_t seed, int nRoutings, int nRounds, const WorldLimits& limi
       for (int n = pick(random, 1, 2); n > 0; n--) {
         CombineRound combine;
         combine.problem = randomCombine(random, job.world, *round.reference);
+        combine.problem.cast = job.latency && mayBeCast(combine.problem) && chance(random, 0.7);
         combine.sendOnly = chance(random, 0.3);
         combine.repeats = chance(random, 0.2) ? 2 : 1;
         round.combines.push_back(std::move(combine));
@@ -119,7 +121,7 @@ Job randomJob(uint64_t seed, int nRoutings, int nRounds, const WorldLimits& limi
   return job;
 }
 
-std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs) {
+std::string runRouting(Rank& rank, const RoutingJob& job, bool latency, std::string* outputs) {
   ncclMoeRouting_t routing = nullptr;
   RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &job.config), rank.comm());
   for (const Round& round : job.rounds) {
@@ -130,7 +132,7 @@ std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs) 
     rank.jitter();
     if ((style.flags & NCCL_MOE_SEND_ONLY) != 0) {
       // The counts may be asked for before the rows are there.
-      if (job.config.hostCounts == 1) RANK_TRY(checkCounts(*round.reference, rank, routing));
+      if (job.config.hostCounts == 1 && !latency) RANK_TRY(checkCounts(*round.reference, rank, routing));
       RANK_OK(ncclMoeComplete(routing, rank.comm(), nullptr), rank.comm());
     }
     std::string wrong = call.verify();
@@ -145,7 +147,7 @@ std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs) 
 
 std::string runJob(Rank& rank, const Job& job, std::string* outputs) {
   RANK_OK(rank.init(job.config()), nullptr);
-  for (const RoutingJob& routing : job.routings) RANK_TRY(runRouting(rank, routing, outputs));
+  for (const RoutingJob& routing : job.routings) RANK_TRY(runRouting(rank, routing, job.latency, outputs));
   RANK_OK(rank.destroy(), nullptr);
   return "";
 }

@@ -30,6 +30,7 @@ struct RoutingJob {
 struct Job {
   World world;
   std::vector<RoutingJob> routings;
+  bool latency = false; // mode, in which sums may be cast but counts are not to be had between the halves
   std::string describe() const;
   ncclMoeConfig_t config() const; // points into this object
 };
@@ -39,7 +40,7 @@ Job randomJob(uint64_t seed, int nRoutings, int nRounds, const WorldLimits& limi
 ncclMoeRoutingConfig_t routingConfig(const World& world, const DispatchProblem& problem, bool hostCounts);
 
 // One rank's part of a routing's rounds.  outputs, if not NULL, collects every byte that was delivered.
-std::string runRouting(Rank& rank, const RoutingJob& job, std::string* outputs = nullptr);
+std::string runRouting(Rank& rank, const RoutingJob& job, bool latency, std::string* outputs = nullptr);
 // Makes the communicator, runs every routing, destroys.
 std::string runJob(Rank& rank, const Job& job, std::string* outputs = nullptr);
 // A small fixed exchange that must work on any healthy communicator with at least 16 bytes of row, 1 token, K 1.

@@ -219,11 +219,11 @@ TEST_P(Lifecycle, TwoCommunicatorsInTurns) {
     RANK_OK(rank.init(jobA.config()), nullptr);
     RANK_OK(second.init(jobB.config()), nullptr);
     for (size_t i = 0; i < 2; i++) {
-      RANK_TRY(runRouting(rank, jobA.routings[i]));
-      RANK_TRY(runRouting(second, jobB.routings[i]));
+      RANK_TRY(runRouting(rank, jobA.routings[i], jobA.latency));
+      RANK_TRY(runRouting(second, jobB.routings[i], jobB.latency));
     }
     RANK_OK(rank.destroy(), nullptr);
-    RANK_TRY(runRouting(second, jobB.routings[0])); // is not disturbed by the other's end
+    RANK_TRY(runRouting(second, jobB.routings[0], jobB.latency)); // is not disturbed by the other's end
     RANK_OK(second.destroy(), nullptr);
     return "";
   });

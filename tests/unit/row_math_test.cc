@@ -109,6 +109,81 @@ TEST(RowMath, CastsByBlocks) {
   }
 }
 
+// Sums cast, and such sums added up.
+TEST(RowMath, CastsSumsAndAddsThem) {
+  std::mt19937 random(14);
+  std::normal_distribution<float> normal;
+  for (const size_t n : {16, 112, 128, 144, 640, 7168}) {
+    const size_t blocks = (n + 127) / 128, scaleAt = n + 16, stride = scaleAt + 4 * blocks;
+    for (const size_t nRows : {1, 2, 8}) {
+      for (const bool weighted : {false, true}) {
+        std::vector<std::vector<uint16_t>> rows(nRows, std::vector<uint16_t>(n));
+        std::vector<const void*> at;
+        std::vector<float> weights;
+        for (auto& row : rows) {
+          for (size_t i = 0; i < n; i++) {
+            row[i] = floatToBf16(normal(random) * std::exp(3 * normal(random)));
+            if (random() % 200 == 0) row[i] = static_cast<uint16_t>(random()); // anything, NaNs and infinities too
+            if (i / 128 == 2) row[i] = 0;                                      // a block of zeros
+          }
+          at.push_back(row.data());
+          weights.push_back(normal(random));
+        }
+        std::vector<uint8_t> cast(stride + 1, 0xab);
+        castSum(n, at.data(), weighted ? weights.data() : nullptr, nRows, cast.data(), &cast[scaleAt]);
+        EXPECT_EQ(std::vector<uint8_t>(&cast[n], &cast[scaleAt]), std::vector<uint8_t>(16, 0xab));
+        EXPECT_EQ(cast[stride], 0xab);
+        for (size_t b = 0; b < blocks; b++) {
+          std::vector<float> sums;
+          float amax = 0x1p-64f;
+          for (size_t i = b * 128; i < std::min(n, b * 128 + 128); i++) {
+            float sum = 0;
+            for (size_t r = 0; r < nRows; r++) {
+              const volatile float product = (weighted ? weights[r] : 1.0f) * bf16ToFloat(rows[r][i]);
+              sum += product;
+            }
+            sums.push_back(sum);
+            if (std::fabs(sum) > amax) amax = std::fabs(sum);
+          }
+          float scale = 0;
+          memcpy(&scale, &cast[scaleAt + 4 * b], sizeof(scale));
+          EXPECT_EQ(floatBits(scale), floatBits(amax / 448.0f));
+          for (size_t i = 0; i < sums.size(); i++) {
+            const float product = sums[i] * (448.0f / amax);
+            if (std::isnan(product)) {
+              EXPECT_EQ(cast[b * 128 + i] & 0x7f, 0x7f);
+            } else {
+              EXPECT_EQ(cast[b * 128 + i], floatToE4m3(product));
+            }
+          }
+        }
+        // Of the same row and another, two of it.
+        std::vector<uint8_t> other = cast;
+        for (size_t i = 0; i < n; i++) other[i] = static_cast<uint8_t>(random());
+        const void* const three[] = {cast.data(), other.data(), cast.data()};
+        std::vector<uint16_t> out(n + 1, 0xabab);
+        sumCasts(n, three, 3, scaleAt, out.data());
+        EXPECT_EQ(out[n], 0xabab);
+        for (size_t i = 0; i < n; i++) {
+          float sum = 0;
+          for (const void* row : three) {
+            const auto* bytes = static_cast<const uint8_t*>(row);
+            float scale = 0;
+            memcpy(&scale, bytes + scaleAt + i / 128 * 4, sizeof(scale));
+            const volatile float product = e4m3ToFloat(bytes[i]) * scale;
+            sum += product;
+          }
+          if (std::isnan(sum)) {
+            EXPECT_TRUE(std::isnan(bf16ToFloat(out[i])));
+          } else {
+            ASSERT_EQ(out[i], floatToBf16(sum)) << "n " << n << " at " << i;
+          }
+        }
+      }
+    }
+  }
+}
+
 // What docs/performance.md says of sums that travel as FP8, or as BF16: the error's root mean square over the values', normally
 // distributed.
 TEST(RowMath, ErrorOfTheCastIsAsDocumented) {
