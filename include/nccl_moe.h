@@ -98,9 +98,10 @@ typedef struct ncclMoeRouting* ncclMoeRouting_t;
 typedef enum {
   ncclMoeModeAuto = 0,       /* latency mode for routings of at most 512 maxTokens, if it can serve them */
   ncclMoeModeThroughput = 1, /* training and prefill: counts are exchanged, then rows go to their final slots */
-  ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves.  At most 4094 experts, and
-                              * routings for which (L+1) * (R * (ceil(maxTokens/32) + 1) + 1) + E + 6R is at most
-                              * 24576, L the most experts of any rank, E all: lists that must fit into 96 KiB */
+  ncclMoeModeLatency = 2     /* decoding: fixed slots, no count exchange before data moves.  At most 64 ranks, 4094
+                              * experts, and routings for which (L+1) * (R * (ceil(maxTokens/32) + 1) + 1) + E + 6R
+                              * is at most 24576, L the most experts of any rank, E all: lists that must fit into
+                              * 96 KiB */
 } ncclMoeMode_t;
 
 /* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs),

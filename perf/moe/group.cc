@@ -121,7 +121,6 @@ size_t groupBytes(int nRanks) { return sizeof(GroupMemory) + static_cast<size_t>
 } // namespace
 
 void beLate(const Group& group, int us) {
-  using Clock = std::chrono::steady_clock;
   if (group.rank() != 0) return;
   const Clock::time_point until = Clock::now() + std::chrono::microseconds(us);
   while (Clock::now() < until) sched_yield(); // sleeping takes 50 us longer

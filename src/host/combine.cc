@@ -100,12 +100,15 @@ const void* CombineOp::reduce(int64_t i, uint8_t* to) const {
   const void* rows[NCCL_MOE_MAX_TOPK];
   float weights[NCCL_MOE_MAX_TOPK];
   size_t n = 0;
-  if (rankMajor_) rows[n++] = x(i);
-  for (int k = 0; k < topK_ && !rankMajor_; k++) {
-    if (recv_.ids(i)[k] < 0) continue;
-    const int64_t row = rowAt(i, k);
-    if (args_.weights != nullptr) weights[n] = args_.weights[row];
-    rows[n++] = x(row);
+  if (rankMajor_) {
+    rows[n++] = x(i);
+  } else {
+    for (int k = 0; k < topK_; k++) {
+      if (recv_.ids(i)[k] < 0) continue;
+      const int64_t row = rowAt(i, k);
+      if (args_.weights != nullptr) weights[n] = args_.weights[row];
+      rows[n++] = x(row);
+    }
   }
   const auto hidden = static_cast<size_t>(args_.hidden);
   const float* factors = args_.weights != nullptr ? weights : nullptr;

@@ -77,7 +77,7 @@ class HostBackend final : public Backend {
   Placement placement() const { return Placement{config_.nExperts, nRanks_, config_.home.data()}; }
   Channel& channel(int rank) { return *channels_[rank]; }
   uint64_t nextSequence() { return ++issued_; }
-  uint8_t* scratchRow() { return scratch_.data(); } // maxRowBytes
+  uint8_t* scratchRow() { return scratch_.data(); } // maxRowBytes; what is cast takes less, scales included
   // Rows of at least so many bytes in one call go past the caches.
   bool streams(size_t bytes) const { return bytes >= streamBytes_; }
 

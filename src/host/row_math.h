@@ -18,8 +18,8 @@ void sumRows(ncclDataType_t type, size_t n, const void* const* rows, const float
 
 // The same sum of BF16 rows, cast to FP8 without being rounded to BF16: n elements, and an FP32 scale for each block.
 void castSum(size_t n, const void* const* rows, const float* weights, size_t nRows, void* out, void* scales);
-// out = the sum of n-element FP8 rows, each element times its block's scale, which lie scaleAt bytes behind the row's first: starting
-// from 0, every product and sum rounded to FP32, the result to BF16.
+// out = the sum of n-element FP8 rows, each element times its block's scale, which lie scaleAt bytes behind the row's
+// first: starting from 0, every product and sum rounded to FP32, the result to BF16.
 void sumCasts(size_t n, const void* const* rows, size_t nRows, size_t scaleAt, void* out);
 
 // The fused cast of a BF16 row.  scales: NCCL_MOE_QUANT_SCALE_BYTES.

@@ -285,7 +285,7 @@ TEST(Arguments, ShapesThatLatencyModeCannotServe) {
             "");
 }
 
-// As on a GPU: between the halves of a dispatch there are counts in throughput mode alone, and sums as FP8 in latency mode alone.
+// As on a GPU: counts between the halves of a dispatch are throughput mode's alone, sums as FP8 are latency mode's.
 TEST(Arguments, WhatDependsOnTheMode) {
   EXPECT_EQ(runOne([](Rank& rank) -> std::string {
               for (const ncclMoeMode_t mode : {ncclMoeModeLatency, ncclMoeModeAuto, ncclMoeModeThroughput}) {

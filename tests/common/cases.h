@@ -41,9 +41,9 @@ enum class Selections { uniform, groupLimited, oneRank, sparse, none };
 
 // A dispatch problem that fits the world, within the budget of elements; kept: it repeats that problem's routing.
 DispatchProblem randomDispatch(Random& random, const World& world, const DispatchProblem* kept = nullptr);
-// A combine problem of rows that random ranks might return after that dispatch.
 // Whether its sums may travel as FP8, where latency mode serves the routing.
 bool mayBeCast(const CombineProblem& problem);
+// A combine problem of rows that random ranks might return after that dispatch.
 CombineProblem randomCombine(Random& random, const World& world, const Reference& reference);
 // Draws the tensors of a combine whose shape is set.  wild: also infinities and the like.
 void fillCombine(Random& random, const Reference& reference, bool wild, CombineProblem* problem);

@@ -47,7 +47,8 @@ std::vector<CombineProblem> everyCombine(Random& random, const World& world, con
       if (rankMajor && (exact || weighted)) continue;
       combines.push_back(drawUntil([&] { return randomCombine(random, world, reference); },
                                    [&](const CombineProblem& c) {
-                                     return c.type == type && c.exact == exact && c.weighted == weighted &&
+                                     const bool castable = type != ncclBfloat16 || exact || mayBeCast(c);
+                                     return castable && c.type == type && c.exact == exact && c.weighted == weighted &&
                                             c.withGradWeights == grads;
                                    }));
       if (!mayBeCast(combines.back())) continue;

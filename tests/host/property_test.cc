@@ -66,6 +66,53 @@ TEST(Property, ProcessesOfThreadsOnHosts) {
   runJobs(8, 2, 2, limits, options);
 }
 
+// What random jobs rarely have together: sums as FP8 across rings and sockets, with gradients, and a rank without rows.
+TEST(Property, SumsAsFp8) {
+  World world;
+  world.nRanks = 3;
+  world.nExperts = 4;
+  world.explicitMap = true;
+  world.expertToRank = {0, 1, 0, 1};
+  world.maxTokens = 24;
+  world.maxTopK = 3;
+  world.maxRowBytes = 288;
+  for (const int hidden : {16, 144}) {
+    const uint64_t seed = testSeed() + static_cast<uint64_t>(hidden);
+    Random random(seed);
+    Job job;
+    job.world = world;
+    job.latency = true;
+    for (const ncclMoeLayout_t layout : {ncclMoeLayoutRankMajor, ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded}) {
+      DispatchProblem problem = randomDispatch(random, world);
+      while (problem.layout != layout || problem.topK < 2) problem = randomDispatch(random, world);
+      Round round;
+      round.styles.resize(static_cast<size_t>(world.nRanks));
+      round.reference = std::make_unique<Reference>(problem);
+      CombineRound combine;
+      combine.problem.type = ncclBfloat16;
+      combine.problem.hidden = hidden;
+      combine.problem.cast = true;
+      combine.problem.weighted = layout != ncclMoeLayoutRankMajor;
+      combine.problem.withGradWeights = true;
+      fillCombine(random, *round.reference, true, &combine.problem);
+      round.combines.push_back(std::move(combine));
+      RoutingJob routing;
+      routing.config = routingConfig(world, problem, false);
+      routing.rounds.push_back(std::move(round));
+      job.routings.push_back(std::move(routing));
+    }
+    for (const int nHosts : {1, 3}) {
+      ClusterOptions options;
+      options.nRanks = world.nRanks;
+      options.seed = seed;
+      if (nHosts > 1) options.ranksPerProcess = 1;
+      options.nHosts = nHosts;
+      const ClusterResult result = runRanks(options, [&](Rank& rank) { return runJob(rank, job); });
+      ASSERT_EQ(result.failures(), "") << "with MOE_TEST_SEED=" << testSeed();
+    }
+  }
+}
+
 // As many ranks as the one machine of a test bears: 64 keep 4032 rings.
 TEST(Property, ManyRanks) {
   WorldLimits limits;
