@@ -283,20 +283,23 @@ class RankRun {
     return ncclSuccess;
   }
 
+  // On tensors that are being written still.
+  ncclResult_t runToEnd(const Call& call) {
+    PERFCHECK(device_.synchronize());
+    PERFCHECK(device_.run(call, o_.graphCalls));
+    return settle();
+  }
+
   ncclResult_t verify(const Case& c, const Buffers& b, const Call& dispatch, const Call& combine,
                       int64_t* wrongDispatch, int64_t* wrongCombine) {
     PERFCHECK(writeInputs(device_, b, c));
     PERFCHECK(poisonDispatch(device_, b, c));
-    PERFCHECK(device_.synchronize());
-    PERFCHECK(device_.run(dispatch, o_.graphCalls));
-    PERFCHECK(settle());
+    PERFCHECK(runToEnd(dispatch));
     PERFCHECK(checkDispatch(device_, b, c, wrongDispatch));
     // Combine reads the weights that dispatch delivered, but rows that do not depend on it.
     PERFCHECK(writeExpertRows(device_, b, c));
     PERFCHECK(poisonCombine(device_, b, c));
-    PERFCHECK(device_.synchronize());
-    PERFCHECK(device_.run(combine, o_.graphCalls));
-    PERFCHECK(settle());
+    PERFCHECK(runToEnd(combine));
     return checkCombine(device_, b, c, wrongCombine);
   }
 
@@ -305,9 +308,7 @@ class RankRun {
                            int64_t* wrongCombine) {
     PERFCHECK(poisonDispatch(device_, b, c));
     PERFCHECK(poisonCombine(device_, b, c));
-    PERFCHECK(device_.synchronize());
-    PERFCHECK(device_.run(pair, o_.graphCalls));
-    PERFCHECK(settle());
+    PERFCHECK(runToEnd(pair));
     PERFCHECK(checkDispatch(device_, b, c, wrongDispatch));
     return checkCombine(device_, b, c, wrongCombine);
   }

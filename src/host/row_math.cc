@@ -43,6 +43,21 @@ struct Fp32 {
   static MOE_INLINE Raw store(float x) { return x; }
 };
 
+// Adds m elements of each row, from element `at` on, to sum.
+template <class Type>
+MOE_INLINE void addRows(size_t at, size_t m, const void* const* rows, const float* weights, size_t nRows, float* sum) {
+  using Raw = typename Type::Raw;
+  for (size_t r = 0; r < nRows; r++) {
+    const Raw* row = static_cast<const Raw*>(rows[r]) + at;
+    if (weights == nullptr) {
+      for (size_t i = 0; i < m; i++) sum[i] += Type::load(row[i]);
+    } else {
+      const float weight = weights[r];
+      for (size_t i = 0; i < m; i++) sum[i] += weight * Type::load(row[i]); // compiled without contraction to FMA
+    }
+  }
+}
+
 template <class Type>
 MOE_INLINE void sumLoop(size_t n, const void* const* rows, const float* weights, size_t nRows, void* out) {
   using Raw = typename Type::Raw;
@@ -51,15 +66,7 @@ MOE_INLINE void sumLoop(size_t n, const void* const* rows, const float* weights,
   for (size_t at = 0; at < n; at += kBlock) {
     const size_t m = std::min(kBlock, n - at);
     for (size_t i = 0; i < m; i++) sum[i] = 0.0f;
-    for (size_t r = 0; r < nRows; r++) {
-      const Raw* row = static_cast<const Raw*>(rows[r]) + at;
-      if (weights == nullptr) {
-        for (size_t i = 0; i < m; i++) sum[i] += Type::load(row[i]);
-      } else {
-        const float weight = weights[r];
-        for (size_t i = 0; i < m; i++) sum[i] += weight * Type::load(row[i]); // compiled without contraction to FMA
-      }
-    }
+    addRows<Type>(at, m, rows, weights, nRows, sum);
     Raw* to = static_cast<Raw*>(out) + at;
     for (size_t i = 0; i < m; i++) to[i] = Type::store(sum[i]);
   }
@@ -72,18 +79,13 @@ MOE_INLINE void sumAny(ncclDataType_t type, size_t n, const void* const* rows, c
   return sumLoop<Fp32>(n, rows, weights, nRows, out);
 }
 
-constexpr size_t kScaleBlock = NCCL_MOE_SCALE_BLOCK;
-
 MOE_INLINE void castSumLoop(size_t n, const void* const* rows, const float* weights, size_t nRows,
                             uint8_t* __restrict out, uint8_t* __restrict scales) {
-  for (size_t at = 0; at < n; at += kScaleBlock, scales += sizeof(float)) {
-    const size_t m = std::min(kScaleBlock, n - at);
-    float sum[kScaleBlock] = {};
-    for (size_t r = 0; r < nRows; r++) {
-      const uint16_t* row = static_cast<const uint16_t*>(rows[r]) + at;
-      const float weight = weights != nullptr ? weights[r] : 1.0f; // a product with 1 is what it was
-      for (size_t i = 0; i < m; i++) sum[i] += weight * bf16ToFloat(row[i]);
-    }
+  constexpr size_t kBlock = NCCL_MOE_SCALE_BLOCK;
+  for (size_t at = 0; at < n; at += kBlock, scales += sizeof(float)) {
+    const size_t m = std::min(kBlock, n - at);
+    float sum[kBlock] = {};
+    addRows<Bf16>(at, m, rows, weights, nRows, sum);
     uint32_t largest = 0; // magnitudes are ordered as their bits; NaNs do not count
     for (size_t i = 0; i < m; i++) {
       const uint32_t magnitude = floatBits(sum[i]) & 0x7fffffff;
@@ -92,7 +94,7 @@ MOE_INLINE void castSumLoop(size_t n, const void* const* rows, const float* weig
     }
     const BlockScale scale = blockScaleFp32(blockMax(kMinBlockMax, bitsFloat(largest)));
     memcpy(scales, &scale.scale, sizeof(float));
-    uint32_t wide[kScaleBlock];
+    uint32_t wide[kBlock];
     for (size_t i = 0; i < m; i++) wide[i] = floatToE4m3Wide(sum[i] * scale.factor);
     for (size_t i = 0; i < m; i++) out[at + i] = static_cast<uint8_t>(wide[i]);
   }
@@ -100,13 +102,14 @@ MOE_INLINE void castSumLoop(size_t n, const void* const* rows, const float* weig
 
 MOE_INLINE void sumCastsLoop(size_t n, const void* const* rows, size_t nRows, size_t scaleAt,
                              uint16_t* __restrict out) {
-  for (size_t at = 0; at < n; at += kScaleBlock) {
-    const size_t m = std::min(kScaleBlock, n - at);
-    float sum[kScaleBlock] = {};
+  constexpr size_t kBlock = NCCL_MOE_SCALE_BLOCK;
+  for (size_t at = 0; at < n; at += kBlock) {
+    const size_t m = std::min(kBlock, n - at);
+    float sum[kBlock] = {};
     for (size_t r = 0; r < nRows; r++) {
       const uint8_t* row = static_cast<const uint8_t*>(rows[r]);
       float scale;
-      memcpy(&scale, row + scaleAt + at / kScaleBlock * sizeof(float), sizeof(float));
+      memcpy(&scale, row + scaleAt + at / kBlock * sizeof(float), sizeof(float));
       for (size_t i = 0; i < m; i++) sum[i] += e4m3ToFloat(row[at + i]) * scale;
     }
     for (size_t i = 0; i < m; i++) out[at + i] = floatToBf16(sum[i]);
