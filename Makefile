@@ -43,7 +43,7 @@ HAVE_NET   := $(and $(shell $(PKG_CONFIG) --exists hwloc 2>/dev/null && echo 1),
 BASE_CPP   := -Iinclude -Isrc $(if $(filter 1,$(HAVE_CUDA)),$(CUDA_CPP),-DNCCL_MOE_NO_CUDA)
 OPT        := $(if $(filter 1,$(DEBUG)),-O0,$(if $(SANITIZE),-O1,-O3))
 CXXSTD     := -std=c++17 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -Wall -Wextra
-override CXXFLAGS += $(CXXSTD) $(OPT) -g
+override CXXFLAGS += $(CXXSTD) $(OPT) $(if $(SANITIZE),-g1,-g)
 override CFLAGS   += -std=c99 -pedantic -Wall -Wextra -g
 override LDFLAGS  += -pthread
 override LDLIBS   += -ldl -lrt
@@ -156,8 +156,9 @@ $(BUILDDIR)/obj/%.cu.o: %.cu $(BUILDDIR)/obj/nvcc.flags
 $(BUILDDIR)/obj/tests/%.o: EXTRA_CPP = -I. -Itests $(HWLOC_CPP) $(TEST_$(word 2,$(subst /, ,$*))_CPP)
 $(BUILDDIR)/obj/perf/%.o: EXTRA_CPP = -I. -Iperf $(MPI_CPP) $(HWLOC_CPP) $(PERF_$(word 2,$(subst /, ,$*))_CPP)
 $(BUILDDIR)/obj/src/net/%.o $(BUILDDIR)/obj/plugin/%.o: EXTRA_CPP = $(HWLOC_CPP)
-# Optimising tests takes longer than it saves.
+# Optimising tests takes longer than it saves; what they share has loops that it pays for.
 $(BUILDDIR)/obj/tests/%.cc.o: OPT = $(if $(filter 1,$(DEBUG)),-O0,-O1)
+$(BUILDDIR)/obj/tests/%_test.cc.o: OPT = -O0
 
 # ------------------------------------------------------------------------------------------------------ linking ----
 link = $(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@

@@ -119,6 +119,7 @@ int main(int argc, char** argv) {
     for (const auto& c : cases()) printf("%s\n", c.name);
     return 0;
   }
+  setenv("NCCL_DEBUG", "WARN", 0); // a failed case names the plugin's last warning
   printLog(options.verbose);
   if (access(options.plugin.c_str(), R_OK) != 0) {
     fprintf(stderr, "net_conformance: cannot read %s (--plugin FILE.so)\n", options.plugin.c_str());
