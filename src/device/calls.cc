@@ -35,7 +35,8 @@ ncclResult_t noteCounts(DeviceRouting& state, cudaStream_t stream) {
   return ncclSuccess;
 }
 
-// Whether this rank received rows in the routing's last dispatch, as far as the host can know without waiting.
+// Whether this rank received rows in the routing's last dispatch, as far as the host can know without waiting.  Latency mode tells
+// it with hostCounts only.
 bool hasRows(const DeviceRouting& state, cudaStream_t stream) {
   if (state.countedInCapture || isCapturing(stream)) return false;
   const bool clean = cudaPeekAtLastError() == cudaSuccess;

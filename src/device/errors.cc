@@ -1,4 +1,5 @@
 // Errors that kernels left in host memory, in words.
+#include <atomic>
 #include <cstdio>
 
 #include "device/device_backend.h"
@@ -15,10 +16,13 @@ ncclResult_t DeviceBackend::failureOf(std::string* sentence) const {
                                        "the start of a call",
                                        "a row of dispatch",
                                        "a row of combine",
+                                       "the experts of a dispatch's tokens",
                                        "ncclMoeCommMaskRanks"};
+  const int code = f->code;
+  std::atomic_thread_fence(std::memory_order_acquire); // what it tells of was stored before it
   const char* const whose = f->phase >= kPhaseHeader && f->phase != kPhaseMeeting ? "routing" : "communicator";
   char text[256];
-  switch (f->code) {
+  switch (code) {
   case kFailNone:
     return ncclSuccess;
   case kFailTimeout:
@@ -36,13 +40,15 @@ ncclResult_t DeviceBackend::failureOf(std::string* sentence) const {
              moe_.rank, f->peer, f->epoch, whose);
   }
   *sentence = text;
-  return f->code == kFailMismatch ? ncclInvalidUsage : ncclRemoteError;
+  return code == kFailMismatch ? ncclInvalidUsage : ncclRemoteError;
 }
 
 ncclResult_t DeviceBackend::outcomeOf(const DeviceRouting& state, std::string* sentence) {
   const volatile RoutingOutcome* o = state.outcome;
+  const int code = o->code;
+  std::atomic_thread_fence(std::memory_order_acquire);
   char text[256];
-  switch (o->code) {
+  switch (code) {
   case kOutcomeOk:
     return ncclSuccess;
   case kOutcomeCapacity:
@@ -52,7 +58,7 @@ ncclResult_t DeviceBackend::outcomeOf(const DeviceRouting& state, std::string* s
     return ncclInvalidUsage;
   default:
     snprintf(text, sizeof(text), "ncclMoeDispatch: args.topkIdx of token %d, position %d, is %d, %s", o->token,
-             o->position, o->expert, o->code == kOutcomeIndexRange ? "out of range" : "named twice by that token");
+             o->position, o->expert, code == kOutcomeIndexRange ? "out of range" : "named twice by that token");
     *sentence = text;
     return ncclInvalidArgument;
   }

@@ -6,24 +6,25 @@
 // order. A receiver makes a packet empty again when it has used it.
 //   Data may look like an empty packet.  The sender of such data then also stores the unit's tag into the record's literals, with
 // release after the packets of the unit; a receiver that waits for long looks there, with acquire, and takes what is there.
-//   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.
+//   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.  Picks are loaded once more,
+// by other warps, when a barrier has told that they are there.
 //
 // Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
 // after it has seen its peer's header of call n+1.  The peer stored that in a kernel that had waited for the end of its kernel of
 // call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after the other, and a kernel's stores
 // to its own memory are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the
-// header.)  A header comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers
+// header, and takes a boundary to be a fence at system scope.)  A header comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers
 // of picks: dispatch n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
 //
-// A bad index is reported (badCall) with a fence before the token's picks are stored; the block that tells the host looks when it has seen all
-// picks of its own rank, so it sees the report.
+// A bad index is reported (badCall), with a fence before the token's picks are stored.  The block that tells the host looks when it has
+// seen all picks of its own rank and passed a barrier, with a fence before it looks, so it sees the report.
 //
 // What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch
 // brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore)
 // before it reads anything that is ever written again, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
 // its own look (of the kernel that receives; that of SEND_ONLY adds nothing), and shows the next call only when all blocks have
-// looked.  What a dispatch leaves in the state, its last block stores while others may still begin: they look at it only with
-// KEEP_ROUTING, which leaves it as it was.  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
+// looked.  What a dispatch leaves in the state, its last block stores while others may still begin: of it they use the numbers of
+// tokens alone, and those only with KEEP_ROUTING, which stores them as they were (of masked ranks 0, whom nobody asks).  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
 // after it sends nothing.
 //   A kernel that has heard from all peers, or waits for none, admits the one behind it (admitKernelBehind).  That one comes when all blocks
 // of this one have admitted it or ended, so none of them still wants an SM.  Not before: this one may wait for a late peer for long, and a
@@ -267,24 +268,24 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed when the block began sends
 // nothing (silent), for its calls no longer wait for the peers' and would overwrite what they have yet to read.
-// A claim hands over no data, so it is relaxed.  Its mark is the call's tag: one that is 2^32 - 1 calls old would pass for this call's.
+// A claim hands over no data, so it is relaxed.  It stores the call's tag: one that is 2^32 - 1 calls old would pass for this call's.
 struct Claim {
-  uint32_t mark, before; // lane 0: the answer, which nothing looks at before mine()
+  uint32_t tag, before; // lane 0: the answer, which nothing looks at before mine()
   bool silent;
   // The same answer in all lanes.
-  __device__ __forceinline__ bool mine() const { return !silent && __shfl_sync(~0u, before, 0) != mark; }
+  __device__ __forceinline__ bool mine() const { return !silent && __shfl_sync(~0u, before, 0) != tag; }
 };
 
 // The first nWarps warps of the first nBlocks blocks send.
 struct Shares {
   const LatencyView& v;
-  uint32_t mark; // of this call: its tag
+  uint32_t tag; // of this call
   int nItems, nBlocks, nWarps;
   bool silent, allTaken = false;
 
   __device__ __forceinline__ Shares(const LatencyView& view, const Call& call, int items, int blocks, int warps,
                                     bool failed)
-    : v(view), mark(call.tag), nItems(items), nBlocks(blocks), nWarps(warps), silent(failed) {}
+    : v(view), tag(call.tag), nItems(items), nBlocks(blocks), nWarps(warps), silent(failed) {}
   __device__ __forceinline__ uint32_t* claims() const { return reinterpret_cast<uint32_t*>(own(v) + v.layout.claims); }
 
   // This warp's share, or -1.  Neighbouring shares go to different SMs.
@@ -295,9 +296,9 @@ struct Shares {
   __device__ __forceinline__ int stride() const { return nBlocks * nWarps; }
 
   __device__ __forceinline__ Claim claim(int share) const {
-    Claim claim{mark, 0, silent};
+    Claim claim{tag, 0, silent};
     if ((threadIdx.x & 31) == 0) delaySometimes(16, 10 * kStallNs); // then others help
-    if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims()[share], mark);
+    if ((threadIdx.x & 31) == 0) claim.before = atomicExch(&claims()[share], tag);
     return claim;
   }
   // One that nobody had claimed a moment ago, or -1.
@@ -309,7 +310,7 @@ struct Shares {
     for (int n = 0; n < count; n += 32) {
       const int i = n + (threadIdx.x & 31);
       const int share = (start + i) % count;
-      const bool open = i < count && *reinterpret_cast<volatile uint32_t*>(&claims()[share]) != mark;
+      const bool open = i < count && *reinterpret_cast<volatile uint32_t*>(&claims()[share]) != tag;
       const unsigned opens = __ballot_sync(~0u, open);
       if (opens != 0) return __shfl_sync(~0u, share, __ffs(opens) - 1);
     }

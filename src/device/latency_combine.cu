@@ -17,12 +17,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kSenders = 14; // warps of a block; the others receive from the start
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kPlanes = 3; // registers spill on sm_80 with 4
-#else
-constexpr int kPlanes = 4;
-#endif
-template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : kPlanes;
+template <bool kExact> constexpr int kPlanesAtATime = kExact ? 2 : 4;
 constexpr int kRowsAtATime = 4;
 
 struct Shape {
@@ -38,7 +33,10 @@ struct Shape {
 struct Place {
   int at[2];
   bool has[2];
-  __device__ __forceinline__ Place(int segment, int nPackets) {
+  bool hasExtras; // of a cast: lane i the packet with the scales of half i
+  __device__ __forceinline__ Place(int segment, int nPackets)
+    : hasExtras((threadIdx.x & 31) < 2 &&
+                segment * kSegmentPackets + 32 * static_cast<int>(threadIdx.x & 31) < nPackets) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       at[i] = segment * kSegmentPackets + static_cast<int>(threadIdx.x & 31) + 32 * i;
@@ -47,112 +45,89 @@ struct Place {
   }
 };
 
-template <class T>
+__device__ __forceinline__ float weightOf(const LatencyCombineArgs& a, int entry) {
+  return entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+}
+
+// Adds a lane's N vectors of each of a token's rows, at[i] where has[i], with their weights.  here: lanes whose entry is a row.
+template <class T, int N>
+__device__ __forceinline__ void addRows(const LatencyCombineArgs& a, const int (&at)[N], const bool (&has)[N],
+                                        int entry, unsigned here, float (&acc)[N][Vec<T>::kElems]) {
+  constexpr int kElems = Vec<T>::kElems;
+  const float weight = weightOf(a, entry);
+#pragma unroll 1
+  for (unsigned rest = here; rest != 0;) {
+    uint4 raw[kRowsAtATime][N] = {};
+    const Few<kRowsAtATime> few(&rest); // selections; their weights may still be on their way
+#pragma unroll
+    for (int j = 0; j < kRowsAtATime; j++) {
+      if (j >= few.n) continue;
+      const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
+      const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        if (has[i]) raw[j][i] = loadInput(row + at[i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kRowsAtATime; j++) {
+      if (j >= few.n) continue;
+      const float w = __shfl_sync(~0u, weight, few.bit[j]);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        float f[kElems];
+        Vec<T>::load(raw[j][i], f);
+        addProduct<kElems>(acc[i], w, f);
+      }
+    }
+  }
+}
+
+// The sum of a token's rows.  What of it is ready leaves at once.
+template <class T, bool kCast>
 __device__ __forceinline__ void sendSum(const LatencyCombineArgs& a, const Call& call, int owner, int t, int segment,
                                         const Place& place, int entry, unsigned here) {
-  constexpr int kElems = Vec<T>::kElems;
   const LatencyView& v = a.view;
   const int rank = v.comm.rank;
   uint4* record = packets(v.peers[owner], v.layout.record(call.parity, rank, t));
-  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
-  uint4 sum[2] = {};
-  if (v.kind == ncclMoeLayoutRankMajor) { // one row: all its selections name it
-    const long long slot = __shfl_sync(~0u, entry, __ffs(here) - 1);
-    const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+  bool looksEmpty = false;
+  const auto store = [&](uint4* to, const uint4& packet) {
+    storePacket(to, packet);
+    looksEmpty = looksEmpty || isEmpty(packet);
+  };
+  const bool rankMajor = v.kind == ncclMoeLayoutRankMajor; // one row: all its selections name it
+  if constexpr (kCast) {
+    uint4 extras{};
+#pragma unroll
+    for (int i = 0; i < 2; i++) { // a packet holds the elements of two vectors
+      const int at[2] = {2 * place.at[i], 2 * place.at[i] + 1};
+      const bool has[2] = {place.has[i], place.has[i]};
+      float acc[2][8] = {}, scale;
+      addRows<T>(a, at, has, entry, rankMajor ? here & -here : here, acc);
+      const uint4 packet = castSixteen(reinterpret_cast<const float(&)[16]>(acc), false, &scale);
+      packScales(scale, place.has[i], i, &extras);
+      if (place.has[i]) store(record + place.at[i], packet);
+    }
+    if (place.hasExtras) store(record + v.layout.extrasOf(segment) + (threadIdx.x & 31), extras);
+  } else {
+    uint4 sum[2] = {};
+    if (rankMajor) {
+      const long long slot = __shfl_sync(~0u, entry, __ffs(here) - 1);
+      const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (place.has[i]) sum[i] = loadInput(row + place.at[i]);
+      }
+    } else {
+      float acc[2][Vec<T>::kElems] = {};
+      addRows<T>(a, place.at, place.has, entry, here, acc);
+#pragma unroll
+      for (int i = 0; i < 2; i++) sum[i] = Vec<T>::store(acc[i]);
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (place.has[i]) sum[i] = loadInput(row + place.at[i]);
+      if (place.has[i]) store(record + place.at[i], sum[i]);
     }
-  } else {
-    float acc[2][kElems] = {};
-#pragma unroll 1
-    for (unsigned rest = here; rest != 0;) {
-      uint4 raw[kRowsAtATime][2] = {};
-      const Few<kRowsAtATime> few(&rest); // selections; their weights may still be on their way
-#pragma unroll
-      for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= few.n) continue;
-        const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
-        const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if (place.has[i]) raw[j][i] = loadInput(row + place.at[i]);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= few.n) continue;
-        const float w = __shfl_sync(~0u, weight, few.bit[j]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float f[kElems];
-          Vec<T>::load(raw[j][i], f);
-          addProduct<kElems>(acc[i], w, f);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) sum[i] = Vec<T>::store(acc[i]);
-  }
-  bool looksEmpty = false;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    if (!place.has[i]) continue;
-    storePacket(record + place.at[i], sum[i]);
-    looksEmpty = looksEmpty || isEmpty(sum[i]);
-  }
-  if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, rank, t, 1 + segment);
-}
-
-// The same of BF16 rows, cast.  A packet holds the elements of two vectors.
-__device__ __forceinline__ void sendCastSum(const LatencyCombineArgs& a, const Call& call, int owner, int t,
-                                            int segment, const Place& place, int entry, unsigned here) {
-  using T = __nv_bfloat16;
-  const LatencyView& v = a.view;
-  const int rank = v.comm.rank, lane = threadIdx.x & 31;
-  uint4* record = packets(v.peers[owner], v.layout.record(call.parity, rank, t));
-  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
-  const unsigned rows = v.kind == ncclMoeLayoutRankMajor ? here & -here : here;
-  uint4 extras{};
-  bool looksEmpty = false;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float sum[16] = {};
-#pragma unroll 1
-    for (unsigned rest = rows; rest != 0;) {
-      uint4 raw[kRowsAtATime][2] = {};
-      const Few<kRowsAtATime> few(&rest); // selections; their weights may still be on their way
-#pragma unroll
-      for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= few.n) continue;
-        const long long slot = __shfl_sync(~0u, entry, few.bit[j]);
-        const uint4* row = reinterpret_cast<const uint4*>(a.x + slot * a.rowBytes);
-        if (place.has[i])
-          raw[j][0] = loadInput(row + 2 * place.at[i]), raw[j][1] = loadInput(row + 2 * place.at[i] + 1);
-      }
-#pragma unroll
-      for (int j = 0; j < kRowsAtATime; j++) {
-        if (j >= few.n) continue;
-        const float w = __shfl_sync(~0u, weight, few.bit[j]);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          float f[8];
-          Vec<T>::load(raw[j][h], f);
-          addProduct<8>(sum + 8 * h, w, f);
-        }
-      }
-    }
-    float scale;
-    const uint4 packet = castSixteen(sum, false, &scale);
-    packScales(scale, place.has[i], i, &extras);
-    if (place.has[i]) {
-      storePacket(record + place.at[i], packet);
-      looksEmpty = looksEmpty || isEmpty(packet);
-    }
-  }
-  if (lane < 2 && segment * kSegmentPackets + 32 * lane < a.wireBytes / kPacketBytes) {
-    storePacket(record + v.layout.extrasOf(segment) + lane, extras);
-    looksEmpty = looksEmpty || isEmpty(extras);
   }
   if (__builtin_expect(__any_sync(~0u, looksEmpty), 0)) sendLiteral(v, call, owner, rank, t, 1 + segment);
 }
@@ -161,7 +136,7 @@ __device__ __forceinline__ void sendRows(const LatencyCombineArgs& a, const Call
                                          const Place& place, int entry, unsigned here) {
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
-  const float weight = entry >= 0 && a.weights != nullptr ? a.weights[entry] : 1.0f;
+  const float weight = weightOf(a, entry);
 #pragma unroll 1
   for (unsigned rest = here; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1;
@@ -233,12 +208,10 @@ __device__ __forceinline__ bool sendItem(const LatencyCombineArgs& a, const Call
     return true;
   }
   const Place place(unit - 1, shape.nPackets);
-  if constexpr (kCast) {
-    sendCastSum(a, call, owner, t, unit - 1, place, entry, here);
-  } else if (a.exact) {
+  if (!kCast && a.exact) {
     sendRows(a, call, owner, t, unit - 1, place, entry, here);
   } else {
-    sendSum<T>(a, call, owner, t, unit - 1, place, entry, here);
+    sendSum<T, kCast>(a, call, owner, t, unit - 1, place, entry, here);
   }
   return true;
 }
@@ -253,6 +226,21 @@ __device__ __forceinline__ unsigned long long planesOf(const LatencyCombineArgs&
   const unsigned low = __reduce_or_sync(~0u, there && rankOfPick < 32 ? 1u << rankOfPick : 0u);
   const unsigned high = __reduce_or_sync(~0u, there && rankOfPick >= 32 ? 1u << (rankOfPick - 32) : 0u);
   return static_cast<unsigned long long>(high) << 32 | low;
+}
+
+// Makes a segment of the token's planes empty again.  extras: this lane has an extra packet.
+__device__ __forceinline__ void emptySegment(const LatencyView& v, const Call& call, int t, int segment,
+                                             const Place& place, bool extras, unsigned long long planes) {
+#pragma unroll 1
+  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
+    const int plane = __ffsll(static_cast<long long>(rest)) - 1;
+    uint4* base = packets(own(v), v.layout.record(call.parity, plane, t));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (place.has[i]) base[place.at[i]] = emptyPacket();
+    }
+    if (extras) base[v.layout.extrasOf(segment) + (threadIdx.x & 31)] = emptyPacket();
+  }
 }
 
 template <class T, bool kExact>
@@ -321,15 +309,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   for (int i = 0; i < 2; i++) {
     if (place.has[i]) out[place.at[i]] = Vec<T>::store(acc[i]);
   }
-#pragma unroll 1
-  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
-    uint4* base = record(__ffsll(static_cast<long long>(rest)) - 1);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (place.has[i]) base[place.at[i]] = emptyPacket();
-    }
-    if (kExact && lane == 0) base[v.layout.extrasOf(segment)] = emptyPacket();
-  }
+  emptySegment(v, call, t, segment, place, kExact && lane == 0, planes);
   return Progress::done;
 }
 
@@ -339,15 +319,13 @@ __device__ __forceinline__ Progress receiveCast(const LatencyCombineArgs& a, con
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   const Place place(segment, nPackets);
-  const bool hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
-  const auto record = [&](int plane) { return packets(own(v), v.layout.record(call.parity, plane, t)); };
   float sum[2][16] = {};
 #pragma unroll 1
   for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
     const int plane = __ffsll(static_cast<long long>(rest)) - 1;
-    const uint4* base = record(plane);
+    const uint4* base = packets(own(v), v.layout.record(call.parity, plane, t));
     const uint4* from[3] = {place.has[0] ? base + place.at[0] : nullptr, place.has[1] ? base + place.at[1] : nullptr,
-                            hasExtras ? base + v.layout.extrasOf(segment) + lane : nullptr};
+                            place.hasExtras ? base + v.layout.extrasOf(segment) + lane : nullptr};
     uint4 got[3] = {};
     const Progress progress = take<false>(
       v.comm, kPhaseLatencyCombineRow, [&](int) { return plane; }, call.tag, mayStall, from, got,
@@ -363,15 +341,7 @@ __device__ __forceinline__ Progress receiveCast(const LatencyCombineArgs& a, con
     out[2 * place.at[i]] = Vec<__nv_bfloat16>::store(sum[i]);
     out[2 * place.at[i] + 1] = Vec<__nv_bfloat16>::store(sum[i] + 8);
   }
-#pragma unroll 1
-  for (unsigned long long rest = planes; rest != 0; rest &= rest - 1) {
-    uint4* base = record(__ffsll(static_cast<long long>(rest)) - 1);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (place.has[i]) base[place.at[i]] = emptyPacket();
-    }
-    if (hasExtras) base[v.layout.extrasOf(segment) + lane] = emptyPacket();
-  }
+  emptySegment(v, call, t, segment, place, place.hasExtras, planes);
   return Progress::done;
 }
 

@@ -154,7 +154,7 @@ __device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, co
       // Not all lanes: every block wants these lines, and peers write to them.
       const bool asks = !there() && __popc(missing >> lane) <= kAsking;
       Progress progress = Progress::done;
-      if (asks) progress = await(v.comm, kPhaseHeader, pick.source, call.tag, mayStall, ready);
+      if (asks) progress = await(v.comm, kPhasePicks, pick.source, call.tag, mayStall, ready);
       if (__any_sync(~0u, progress == Progress::failed)) return Progress::failed;
       if (__any_sync(~0u, progress == Progress::stalled)) return Progress::stalled;
       if (!there()) pick.packet = loadPacket(pick.at);
@@ -272,7 +272,10 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   LatencyState* state = stateOf(v);
   const bool tells = threadIdx.x == 0;
   bool bad = false;
-  if (tells) bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
+  if (tells) {
+    __threadfence(); // behind the picks
+    bad = *reinterpret_cast<volatile unsigned long long*>(&state->badCall) == call.number + 1;
+  }
   unsigned long long* expertTokens = v.comm.shared->expertTokens();
   int* hostCounts = reinterpret_cast<int*>(v.outcome + 1);
 #pragma unroll 1
@@ -306,7 +309,7 @@ __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call
   if (a.recvCount != nullptr) *a.recvCount = n;
   state->go = go ? 1 : 0;
   volatile RoutingOutcome* o = v.outcome;
-  if (v.hostCounts || !go || reported) o->nRows = n;
+  if (v.hostCounts) o->nRows = n;
   if (go && !bad && reported) o->code = kOutcomeOk;
   state->reported = go && !bad ? 0 : 1;
   if (go) return;

@@ -12,7 +12,6 @@ static __device__ void reportIndex(const LatencyDispatchArgs& a, const Call& cal
                                    long long expert) {
   if (atomicExch(&stateOf(a.view)->badCall, call.number + 1) == call.number + 1) return;
   storeIndexOutcome(a.view.outcome, code, token, position, expert);
-  __threadfence(); // before the token's picks are sent
 }
 
 // What a warp is about to send, its loads under way.
@@ -185,11 +184,13 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
   const auto record = [&](int r) { return packets(v.peers[r], v.layout.record(call.parity, v.comm.rank, out.t)); };
   bool looksEmpty = false;
   if (out.unit == 0) {
-    if (__builtin_expect(!a.keep && out.expert != -1 && home == kNowhere, 0)) {
+    const bool bad = !a.keep && out.expert != -1 && home == kNowhere;
+    if (__builtin_expect(__any_sync(~0u, bad), 0)) {
       const bool inRange = out.expert >= 0 && out.expert < v.comm.nExperts;
-      reportIndex(a, call, inRange ? kOutcomeIndexRepeated : kOutcomeIndexRange, out.t, lane, out.expert);
+      if (bad) reportIndex(a, call, inRange ? kOutcomeIndexRepeated : kOutcomeIndexRange, out.t, lane, out.expert);
+      __syncwarp();
+      __threadfence(); // before the token's picks are sent, by whichever lanes
     }
-    __syncwarp();
     if (!a.keep) sendPicks(a, call, masked, buffer, out.t, home);
     const int nScales = a.scales != nullptr ? (a.scaleBytes + kPacketBytes - 1) / kPacketBytes : 0;
     const uint4 weights = packFours(out.weight, k);

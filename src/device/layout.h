@@ -44,7 +44,8 @@ enum WaitPhase : int {
   kPhaseHeader = 5, // from here on: latency mode
   kPhaseLatencyDispatchRow = 6,
   kPhaseLatencyCombineRow = 7,
-  kPhaseMeeting = 8
+  kPhasePicks = 8,
+  kPhaseMeeting = 9
 };
 
 // First failure of this rank's kernels, in host memory that the device writes: fields first, code last.

@@ -134,7 +134,8 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
 // memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
 // late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
 __device__ __forceinline__ bool abortIsDue() {
-  constexpr unsigned kTurnBits = 16; // a turn is 66 us, longer than what passes between two checks of a wait
+  constexpr unsigned kTurnBits =
+    16; // a turn is 66 us: few waits that look every 32 polls miss it, and have another in 8 ms
   constexpr unsigned kTurns = 128;
   uint32_t ns, sm;
   asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(ns));

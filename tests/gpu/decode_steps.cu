@@ -23,16 +23,29 @@ enum What {
   kWhatTotal,
   kWhatOffset,
   kWhatBeyond,
+  kWhatWeightBeyond,
+  kWhatIndexBeyond,
   kWhatOut,
   kWhatOutBeyond,
   kWhatScale,
   kWhatScaleBeyond,
   kWhatGrad
 };
-const char* const kNames[] = {
-  "nothing",   "a received row",    "a received weight",      "a received index", "expertCounts",
-  "recvCount", "expertOffsets",     "a row that nobody sent", "a combined row",   "a row beyond the tokens",
-  "a scale",   "a scale of no row", "a gradient of a weight"};
+const char* const kNames[] = {"nothing",
+                              "a received row",
+                              "a received weight",
+                              "a received index",
+                              "expertCounts",
+                              "recvCount",
+                              "expertOffsets",
+                              "a row that nobody sent",
+                              "a weight of no row",
+                              "an index of no row",
+                              "a combined row",
+                              "a row beyond the tokens",
+                              "a scale",
+                              "a scale of no row",
+                              "a gradient of a weight"};
 
 // Selection k takes its salts from kSaltExpert + 64 * k on; rounds and kinds of rows have salts of their own.
 enum Salt { kSaltTokens = 1, kSaltSparse, kSaltDelay, kSaltExpert = 16, kSaltWeight = 2048, kSaltRow = 4096 };
@@ -248,8 +261,9 @@ __global__ void __launch_bounds__(kThreads) drawKernel(Steps s) {
   for (int i = id; s.format.withGrads && i < s.maxTokens * s.topK; i += stride) {
     s.gradTopkWeights[i] = __uint_as_float(kPoison);
   }
-  if (s.layout == ncclMoeLayoutRankMajor) {
-    for (long long i = id; i < s.rows() * s.topK; i += stride) s.recvTopkIdx[i] = kPoison;
+  for (long long i = id; i < s.rows() * s.weightsOfRow(); i += stride) {
+    s.recvWeights[i] = __uint_as_float(kPoison);
+    if (s.layout == ncclMoeLayoutRankMajor) s.recvTopkIdx[i] = kPoison;
   }
   for (int i = id; i < s.nLocal; i += stride) s.expertCounts[i] = kPoison;
   for (int i = id; i <= s.nLocal; i += stride) s.expertOffsets[i] = kPoison;
@@ -342,6 +356,12 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
   const int offset = share * kThreads + threadIdx.x;
   for (long long i = (first + n) * nPackets + offset; i < end * nPackets; i += nShares * kThreads) {
     if (!same(s.recvX[i], poison)) complain(s, kWhatBeyond, static_cast<int>(i / nPackets), n);
+  }
+  const int nWeights = s.weightsOfRow();
+  for (long long i = (first + n) * nWeights + offset; i < end * nWeights; i += nShares * kThreads) {
+    const int row = static_cast<int>(i / nWeights);
+    if (__float_as_uint(s.recvWeights[i]) != kPoison) complain(s, kWhatWeightBeyond, row, n);
+    if (rankMajor && s.recvTopkIdx[i] != static_cast<int>(kPoison)) complain(s, kWhatIndexBeyond, row, n);
   }
   const int nWords = s.cast() ? s.scaleWords() : 0;
   for (long long i = (first + n) * nWords + offset; i < end * nWords; i += nShares * kThreads) {

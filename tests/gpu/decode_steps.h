@@ -68,6 +68,7 @@ struct Steps {
   float* gradTopkWeights; // with gradients
 
   __host__ __device__ long long rows() const; // of recvX
+  __host__ __device__ int weightsOfRow() const { return layout == ncclMoeLayoutRankMajor ? topK : 1; }
   __host__ __device__ bool cast() const { return format.quant != ncclMoeQuantNone; }
   __host__ __device__ int packetsOfRow() const { return hidden / (cast() ? 16 : 8); }
   // Words of a row's scales: FP32, or four exponents each.

@@ -133,6 +133,55 @@ TEST(GpuLatencyErrors, RankThatStopsReplayingIsNamed) {
   EXPECT_EQ(wrong, "");
 }
 
+// As far as the host knows of them: it hears of the rows with hostCounts alone, and must not go by what it heard long ago.
+TEST(GpuLatencyErrors, MissingRowsOfACombineAreRefused) {
+  NEED_GPUS(1);
+  DecodeShape shape;
+  shape.layout = ncclMoeLayoutExpertMajor;
+  const DecodeCase e = lively(testSeed(), shape);
+  for (const int hostCounts : {1, 0}) {
+    const std::string wrong = runDecode(shape.world(), DecodeRun(), [&](GpuRank& rank, Meeting&) -> std::string {
+      ncclMoeRouting_t routing = nullptr;
+      ncclMoeRoutingConfig_t config = shape.routing();
+      config.hostCounts = hostCounts;
+      RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+      DispatchCall tight(*e.reference, rank.rank(), DispatchStyle());
+      RANK_TRY(rank.upload(tight, true));
+      tight.args().recvCapacity = e.reference->rowsNeeded(rank.rank()) - 1;
+      RANK_OK(ncclMoeDispatch(&tight.args(), routing, rank.comm(), rank.stream()), rank.comm());
+      RANK_TRY(asyncIs(rank, ncclInvalidUsage, "args.recvCapacity"));
+      rank.forget();
+      RANK_TRY(exchangeOnce(rank, routing, e)); // the first good one after a refused one
+      DispatchCall dispatch(*e.reference, rank.rank(), DispatchStyle());
+      CombineCall combine(*e.reference, e.combine, rank.rank(), false, 0);
+      RANK_TRY(rank.upload(dispatch, true));
+      RANK_TRY(rank.upload(combine, false));
+      ncclMoeCombineArgs_t args = combine.args();
+      args.x = nullptr;
+      if (hostCounts != 0) {
+        RANK_RESULT(ncclMoeCombine(&args, routing, rank.comm(), rank.stream()), ncclInvalidArgument, rank.comm(),
+                    "args.x");
+        args = combine.args();
+        args.withGradWeights = 1;
+        args.gradWeights = nullptr;
+        args.gradTopkWeights = static_cast<float*>(args.out); // never written
+        RANK_RESULT(ncclMoeCombine(&args, routing, rank.comm(), rank.stream()), ncclInvalidArgument, rank.comm(),
+                    "args.gradWeights");
+      }
+      dispatch.args().nTokens = 0; // nobody has any, and no rank receives one
+      RANK_OK(ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), rank.stream()), rank.comm());
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      args = combine.args();
+      args.x = nullptr;
+      RANK_OK(ncclMoeCombine(&args, routing, rank.comm(), rank.stream()), rank.comm());
+      RANK_TRY(asyncIs(rank, ncclSuccess));
+      rank.forget();
+      return exchangeOnce(rank, routing, e);
+    });
+    EXPECT_EQ(wrong, "") << "hostCounts " << hostCounts;
+  }
+}
+
 TEST(GpuLatencyErrors, AbortEndsTheWait) {
   NEED_GPUS(1);
   DecodeShape shape;

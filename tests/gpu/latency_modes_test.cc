@@ -5,6 +5,7 @@
 #include <chrono>
 #include <functional>
 #include <thread>
+#include <vector>
 
 #include "gpu/latency_case.h"
 #include "gpu/occupy.h"
@@ -192,6 +193,81 @@ TEST(GpuLatencyMode, GraphOfBothModes) {
     RANK_CUDA(cudaGraphExecDestroy(graph));
     return "";
   });
+}
+
+// A graph of calls on two streams that the caller forks and joins: each runs behind the one before it, on whichever stream.
+TEST(GpuLatencyMode, GraphOfForkedStreams) {
+  NEED_GPUS(1);
+  constexpr int kRanks = 2, kReplays = 10;
+  const uint64_t seed = testSeed();
+  const DecodeShape shape = decodeOf(kRanks);
+  for (const bool inPhases : {false, true}) {
+    const std::string wrong =
+      runDecode(shape.world(), DecodeRun(), [&](GpuRank& rank, Meeting& meeting) -> std::string {
+        ncclMoeRouting_t routings[2] = {};
+        const ncclMoeRoutingConfig_t config = shape.routing();
+        for (ncclMoeRouting_t& routing : routings) {
+          RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
+        }
+        Stream other;
+        const cudaStream_t streams[2] = {rank.stream(), other};
+        cudaEvent_t forked = nullptr, joined = nullptr;
+        RANK_CUDA(cudaEventCreateWithFlags(&forked, cudaEventDisableTiming));
+        RANK_CUDA(cudaEventCreateWithFlags(&joined, cudaEventDisableTiming));
+        cudaGraphExec_t graph = nullptr;
+        for (int replay = 0; replay < kReplays; replay++) {
+          std::vector<DecodeCase> cases; // calls refer to them
+          std::vector<CallPair> calls;
+          cases.reserve(2);
+          calls.reserve(2);
+          rank.forget(kPiece);
+          for (int i = 0; i < 2; i++) {
+            cases.push_back(makeDecode(seed + static_cast<uint64_t>(2 * replay + i), shape));
+            DispatchStyle style = styleInGraph(shape, cases.back(), rank.rank());
+            if (inPhases) style.flags = NCCL_MOE_SEND_ONLY;
+            calls.emplace_back(rank, cases.back(), style);
+          }
+          for (CallPair& pair : calls) RANK_TRY(pair.upload(rank, false));
+          const auto dispatch = [&](int i, int stream) {
+            return ncclMoeDispatch(&calls[i].dispatch.args(), routings[i], rank.comm(), streams[stream]);
+          };
+          const auto combine = [&](int i, int stream) {
+            return ncclMoeCombine(&calls[i].combine.args(), routings[i], rank.comm(), streams[stream]);
+          };
+          const auto complete = [&](int i, int stream) {
+            return inPhases ? ncclMoeComplete(routings[i], rank.comm(), streams[stream]) : ncclSuccess;
+          };
+          const auto enqueue = [&]() -> std::string {
+            RANK_CUDA(cudaEventRecord(forked, streams[0]));
+            RANK_CUDA(cudaStreamWaitEvent(streams[1], forked, 0));
+            RANK_OK(dispatch(0, 0), rank.comm());
+            RANK_OK(dispatch(1, 1), rank.comm());
+            RANK_OK(complete(0, 1), rank.comm());
+            RANK_OK(complete(1, 0), rank.comm());
+            RANK_OK(combine(1, 1), rank.comm());
+            RANK_OK(combine(0, 0), rank.comm());
+            RANK_OK(complete(1, 0), rank.comm());
+            RANK_OK(complete(0, 1), rank.comm());
+            RANK_CUDA(cudaEventRecord(joined, streams[1]));
+            RANK_CUDA(cudaStreamWaitEvent(streams[0], joined, 0));
+            return "";
+          };
+          if (graph == nullptr) RANK_TRY(captureAll(rank, meeting, kRanks, &graph, enqueue));
+          RANK_CUDA(cudaGraphLaunch(graph, rank.stream()));
+          RANK_TRY(asyncIs(rank, ncclSuccess));
+          RANK_TRY(rank.download());
+          for (const CallPair& pair : calls) {
+            const std::string bad = pair.verify();
+            if (!bad.empty()) return format("in replay %d, routing %d: ", replay, &pair == &calls[0] ? 0 : 1) + bad;
+          }
+        }
+        RANK_CUDA(cudaGraphExecDestroy(graph));
+        RANK_CUDA(cudaEventDestroy(forked));
+        RANK_CUDA(cudaEventDestroy(joined));
+        return "";
+      });
+    ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed << (inPhases ? ", in phases" : "");
+  }
 }
 
 // Two routings of latency mode on two streams that the caller does not order, each call wanting all SMs.  Were they to run in
