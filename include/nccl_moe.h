@@ -104,8 +104,8 @@ typedef enum {
                               * 96 KiB */
 } ncclMoeMode_t;
 
-/* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs),
- * but for numSms, timeoutMs and jobToken. */
+/* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs,
+ * but for numSms and timeoutMs; jobToken is not compared but needed to meet). */
 typedef struct ncclMoeConfig {
   size_t size;
   unsigned int magic;
@@ -399,7 +399,8 @@ typedef struct ncclMoeDispatchArgs {
  * layout. Collective (hidden, type, quant, scaleBytes, flags and which of topkWeights and scales are given: the same on
  * every rank, which the host backend checks, naming what differs; nTokens, nTokensDev, capacities and numSms are each rank's own);
  * stream-ordered; may be captured in a CUDA graph,
- * and what a replay reads from topkIdx and nTokensDev may change.  With KEEP_ROUTING, T must be the kept dispatch's.
+ * and what a replay reads from topkIdx and nTokensDev may change.  With KEEP_ROUTING, nTokens
+ * and what nTokensDev holds must be the kept dispatch's.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
  * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeDispatch(const ncclMoeDispatchArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
@@ -459,7 +460,7 @@ ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t 
                              cudaStream_t stream);
 
 /* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode stores
- * them in this half, throughput mode may in the first one: nothing may use them from that on.  Between the two halves
+ * them in this half, throughput mode and the host backend may from the first one on: nothing may use them from then on.  Between the two halves
  * nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
  * every rank; stream-ordered, on any stream; both halves belong into one capture, or neither into any. Errors: ncclInvalidArgument,
  * ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */

@@ -1,6 +1,7 @@
 #include "perf/moe/bench.h"
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 
 #include "perf/moe/checker.h"
@@ -325,7 +326,11 @@ class RankRun {
 
 ncclResult_t runRank(const Options& options, Group& group, Device& device, Observer* observer, int64_t* wrong) {
   *wrong = 0;
-  return RankRun(options, group, device, observer).run(wrong);
+  try {
+    return RankRun(options, group, device, observer).run(wrong);
+  } catch (const std::bad_alloc&) {
+    return perfFail(ncclSystemError, "out of host memory with %d tokens of each rank", options.maxTokens);
+  }
 }
 
 } // namespace moe::perf

@@ -157,8 +157,9 @@ const Choice<bool> memories[] = {{"library", true}, {"plain", false}};
 ncclResult_t checkTogether(const Options& o, bool weightsGiven) {
   if (o.maxTokens < o.minTokens)
     return perfFail(ncclInvalidArgument, "-e (%d) is below -b (%d)", o.maxTokens, o.minTokens);
-  if (o.routingTokens != 0 && o.routingTokens < o.maxTokens)
-    return perfFail(ncclInvalidArgument, "--routing-tokens (%d) is below the last T, %d", o.routingTokens, o.maxTokens);
+  const int last = tokenSteps(o).back();
+  if (o.routingTokens != 0 && o.routingTokens < last)
+    return perfFail(ncclInvalidArgument, "--routing-tokens (%d) is below the last T, %d", o.routingTokens, last);
   if (o.topK > o.experts && o.routing.kind != RoutingKind::file)
     return perfFail(ncclInvalidArgument, "--topk (%d) is above --experts (%d)", o.topK, o.experts);
   if (o.layout == ncclMoeLayoutRankMajor && weightsGiven && o.weightsInside)
@@ -323,8 +324,12 @@ ncclResult_t parseOptions(int argc, char** argv, Options* options) {
   for (;;) {
     const int opt = getopt_long(argc, argv, "b:e:f:i:n:w:c:d:r:g:h", longOptions, nullptr);
     if (opt == -1) break;
-    if (opt == '?')
-      return perfFail(ncclInvalidArgument, "'%s' is no option, or lacks its value; see --help", argv[optind - 1]);
+    if (opt == '?') {
+      const char* before = argv[optind - 1]; // of a letter among others it is the argument before theirs
+      const bool isLong = strncmp(before, "--", 2) == 0;
+      const std::string what = isLong ? before : std::string("-") + static_cast<char>(optopt);
+      return perfFail(ncclInvalidArgument, "'%s' is no option, or lacks its value; see --help", what.c_str());
+    }
     maxGiven = maxGiven || opt == 'e';
     minGiven = minGiven || opt == 'b';
     PERFCHECK(parseOne(opt, optarg, options, &weightsGiven));

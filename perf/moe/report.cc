@@ -266,7 +266,8 @@ ncclResult_t Report::writeJson(int64_t wrong) const {
   }
   if (o_.checks > 0) j["out_of_bounds"] = wrong;
   std::ofstream file(o_.jsonPath);
-  file << j.dump(2) << "\n";
+  // A path need not be UTF-8.
+  file << j.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
   file.flush();
   if (!file) return perfFail(ncclSystemError, "--json: %s cannot be written", o_.jsonPath.c_str());
   return ncclSuccess;

@@ -101,7 +101,8 @@ ncclResult_t checkDispatch(const ncclMoeDispatchArgs_t& a, const ncclMoeRouting&
   const bool hasTokens = a.nTokens > 0;
   if (keep) {
     if (routing.phase == Phase::empty) {
-      return fail(ncclInvalidUsage, "%s: NCCL_MOE_KEEP_ROUTING, but the routing has had no dispatch", function);
+      return fail(ncclInvalidUsage, "%s: NCCL_MOE_KEEP_ROUTING, but the routing has no dispatch that succeeded",
+                  function);
     }
     CHECK_ARG(a.nTokens == routing.nTokens, "%s: args.nTokens %d differs from the kept routing's %d", function,
               a.nTokens, routing.nTokens);
@@ -148,7 +149,8 @@ ncclResult_t checkCombine(const ncclMoeCombineArgs_t& a, const ncclMoeRouting& r
             "%s: args.flags has NCCL_MOE_KEEP_ROUTING, which is for ncclMoeDispatch", function);
   MOECHECK(checkFlags(a.flags, function));
   MOECHECK(checkNotPending(routing, function));
-  if (routing.phase == Phase::empty) return fail(ncclInvalidUsage, "%s: the routing has had no dispatch", function);
+  if (routing.phase == Phase::empty)
+    return fail(ncclInvalidUsage, "%s: the routing has no dispatch that succeeded", function);
   const int quant = enumValue(a.quant);
   CHECK_ARG(quant == ncclMoeQuantNone || quant == ncclMoeQuantFp8,
             "%s: args.quant %d is not ncclMoeQuantNone or ncclMoeQuantFp8", function, quant);
@@ -200,8 +202,8 @@ MOE_API ncclResult_t ncclMoeDispatch(const ncclMoeDispatchArgs_t* args, ncclMoeR
     ncclMoeDispatchArgs_t loaded;
     MOECHECK(loadStruct(args, &loaded, function, "args"));
     MOECHECK(checkDispatch(loaded, *routing, function));
-    if ((loaded.flags & NCCL_MOE_KEEP_ROUTING) == 0)
-      routing->phase = Phase::empty; // a failure leaves no routing behind
+    routing->keeps = (loaded.flags & NCCL_MOE_KEEP_ROUTING) != 0;
+    if (!routing->keeps) routing->phase = Phase::empty; // a failure leaves no routing behind
     MOECHECK(moe->backend->dispatch(loaded, *routing, stream));
     routing->nTokens = loaded.nTokens;
     routing->phase = (loaded.flags & NCCL_MOE_SEND_ONLY) != 0 ? Phase::dispatchSent : Phase::dispatched;
@@ -236,7 +238,8 @@ MOE_API ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe
     }
     const bool wasDispatch = routing->phase == Phase::dispatchSent;
     const ncclResult_t result = moe->backend->complete(*routing, stream);
-    routing->phase = wasDispatch && result != ncclSuccess ? Phase::empty : Phase::dispatched;
+    const bool lost = wasDispatch && !routing->keeps && result != ncclSuccess;
+    routing->phase = lost ? Phase::empty : Phase::dispatched;
     return result;
   });
 }

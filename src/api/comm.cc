@@ -170,7 +170,7 @@ MOE_API_ALIAS(ncclMoeCommInitHost);
 
 MOE_API ncclResult_t ncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info) {
   const char* function = __func__;
-  return enter(nullptr, function, [&]() -> ncclResult_t {
+  return enter(moe, function, [&]() -> ncclResult_t {
     MOECHECK(checkComm(moe, function));
     ncclMoeCommInfo_t known;
     MOECHECK(loadStruct(info, &known, function, "info"));

@@ -67,6 +67,7 @@ struct ncclMoeRouting {
   ncclMoeComm* comm = nullptr;
   ncclMoeRoutingConfig_t config{};
   Phase phase = Phase::empty; // what has been enqueued; dispatched also after a combine
+  bool keeps = false;         // the last dispatch kept the routing, which then outlives its failure
   int nTokens = 0;            // T of the last dispatch
   std::unique_ptr<moe::RoutingState> state;
 };

@@ -178,16 +178,14 @@ ncclResult_t HostBackend::run(std::unique_ptr<Op> op) {
   return report(outcome);
 }
 
-// Puts a SEND_ONLY call in the queue and moves it as far as it goes without waiting.
+// Puts a SEND_ONLY call in the queue and moves it as far as it goes without waiting.  One that this rank refuses has no second half
+// in which peers could hear of it, so it is run like a whole one.
 ncclResult_t HostBackend::launch(std::unique_ptr<Op> op, HostRouting& routing) {
-  Outcome refusal;
-  const bool refused = op->refused(&refusal);
   routing.pending = 0;
-  if (!refused) {
-    routing.pendingOutcome = Outcome{};
-    routing.pending = op->sequence();
-    op->reportTo(&routing.pendingOutcome);
-  }
+  if (op->refused()) return run(std::move(op));
+  routing.pendingOutcome = Outcome{};
+  routing.pending = op->sequence();
+  op->reportTo(&routing.pendingOutcome);
   queue_.push_back(std::move(op));
   for (bool progress = true; progress && !queue_.empty();) {
     progress = false;
@@ -196,7 +194,7 @@ ncclResult_t HostBackend::launch(std::unique_ptr<Op> op, HostRouting& routing) {
     }
     MOECHECK(advance(&progress));
   }
-  return report(refusal);
+  return ncclSuccess;
 }
 
 // One round of everything that can be done without waiting.

@@ -216,12 +216,6 @@ Outcome Op::judgement(int rank, const Verdict& verdict) const {
   return Outcome{result, describe(rank, verdict)};
 }
 
-bool Op::refused(Outcome* outcome) const {
-  if (mine_.kind == Verdict::ok) return false;
-  *outcome = judgement(host_.rank(), mine_);
-  return true;
-}
-
 std::string Op::describe(int rank, const Verdict& v) const {
   const std::string start = std::string(function_) + ": ";
   switch (v.kind) {

@@ -70,7 +70,7 @@ class Op {
   bool done() const { return phase_ == Phase::done; }
   const Outcome& outcome() const { return outcome_; }
   // Whether this rank's own arguments end the call; the peers are told by the call itself.
-  bool refused(Outcome* outcome) const;
+  bool refused() const { return mine_.kind != Verdict::ok; }
   // Where to leave the outcome; nullptr: nobody asks.
   void reportTo(Outcome* outcome) { report_ = outcome; }
   Outcome* report() const { return report_; }

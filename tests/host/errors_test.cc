@@ -2,6 +2,10 @@
 // the communicator works afterwards.
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <functional>
+#include <thread>
+
 #include "host/job.h"
 
 namespace moe::test {
@@ -118,14 +122,23 @@ TEST_P(Errors, CapacityExceededWhileKeepingTheRouting) {
     ncclMoeRouting_t routing = nullptr;
     RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &config), rank.comm());
     RANK_TRY(exchange(rank, routing, reference));
-    DispatchStyle style;
-    style.flags = NCCL_MOE_KEEP_ROUTING;
-    style.slack = 0;
-    DispatchCall call(reference, rank.rank(), style);
-    if (rank.rank() == 0) call.args().recvCapacity = 1;
-    const std::string words = "rank 0," + std::to_string(reference.rowsNeeded(0));
-    RANK_RESULT(ncclMoeDispatch(&call.args(), routing, rank.comm(), nullptr), ncclInvalidUsage, rank.comm(), words);
-    RANK_TRY(call.verifyRowsUntouched());
+    for (const bool sendOnly : {false, true}) {
+      DispatchStyle style;
+      style.flags = NCCL_MOE_KEEP_ROUTING | (sendOnly ? NCCL_MOE_SEND_ONLY : 0u);
+      style.slack = 0;
+      const auto keep = [&](const DispatchCall& call) {
+        const ncclResult_t result = ncclMoeDispatch(&call.args(), routing, rank.comm(), nullptr);
+        return result == ncclSuccess && sendOnly ? ncclMoeComplete(routing, rank.comm(), nullptr) : result;
+      };
+      DispatchCall tight(reference, rank.rank(), style);
+      if (rank.rank() == 0) tight.args().recvCapacity = 1;
+      const std::string words = "rank 0," + std::to_string(reference.rowsNeeded(0));
+      RANK_RESULT(keep(tight), ncclInvalidUsage, rank.comm(), words);
+      RANK_TRY(tight.verifyRowsUntouched());
+      const DispatchCall call(reference, rank.rank(), style); // the routing is still there
+      RANK_OK(keep(call), rank.comm());
+      RANK_TRY(call.verify());
+    }
     return exchange(rank, routing, reference);
   });
   EXPECT_EQ(result.failures(), "");
@@ -166,6 +179,54 @@ TEST_P(Errors, InvalidSelectionsOnOneRank) {
     });
     ASSERT_EQ(result.failures(), "") << "token " << wrong.token << " selection " << wrong.k;
   }
+}
+
+// A first half that one rank refuses, before the others have come: they hear of it from the second half, although that rank has
+// none.
+TEST_P(Errors, RefusedFirstHalf) {
+  const int nRanks = 3;
+  const World world = smallWorld(nRanks);
+  const Reference reference(busyProblem(world, ncclMoeLayoutExpertMajor));
+  const ClusterResult result = runRanks(optionsFor(GetParam(), nRanks), [&](Rank& rank) -> std::string {
+    ncclMoeConfig_t config = world.config();
+    config.timeoutMs = 5000;
+    RANK_OK(rank.init(config), nullptr);
+    const ncclMoeRoutingConfig_t routingOf = routingConfig(world, reference.problem(), false);
+    ncclMoeRouting_t routing = nullptr;
+    RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &routingOf), rank.comm());
+    const bool refuses = rank.rank() == 1;
+    const auto inHalves = [&](const char* words, const std::function<ncclResult_t()>& firstHalf) -> std::string {
+      if (refuses) {
+        RANK_TRY(expectResult("the first half", firstHalf(), ncclInvalidArgument, rank.comm(), words));
+        RANK_RESULT(ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidUsage, rank.comm(), "SEND_ONLY");
+        return "";
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      RANK_OK(firstHalf(), rank.comm());
+      return expectResult("the second half", ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidArgument,
+                          rank.comm(), "rank 1");
+    };
+    DispatchStyle style;
+    style.flags = NCCL_MOE_SEND_ONLY;
+    DispatchCall dispatch(reference, rank.rank(), style);
+    std::vector<int64_t> idx = reference.problem().sources[1].topkIdx;
+    idx[7] = kExperts;
+    if (refuses) dispatch.args().topkIdx = idx.data();
+    RANK_TRY(inHalves("topkIdx", [&] { return ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), nullptr); }));
+    RANK_TRY(dispatch.verifyRowsUntouched());
+    RANK_TRY(exchange(rank, routing, reference));
+    const std::vector<uint16_t> x(static_cast<size_t>(reference.delivery(rank.rank()).span) * 48);
+    std::vector<uint16_t> out(static_cast<size_t>(world.maxTokens) * 48);
+    ncclMoeCombineArgs_t args = NCCL_MOE_COMBINE_ARGS_INITIALIZER;
+    args.x = refuses ? nullptr : x.data();
+    args.type = ncclBfloat16;
+    args.hidden = 48;
+    args.out = out.data();
+    args.flags = NCCL_MOE_SEND_ONLY;
+    RANK_TRY(inHalves("args.x", [&] { return ncclMoeCombine(&args, routing, rank.comm(), nullptr); }));
+    return exchange(rank, routing, reference);
+  });
+  EXPECT_EQ(result.failures(), "");
 }
 
 // Arguments that must be the same on every rank.
