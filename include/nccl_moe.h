@@ -26,19 +26,21 @@
  *  - "Collective" means that every rank of the communicator calls it, in the same order as the communicator's other
  *    collective calls.  A communicator is used by one thread at a time; ncclMoeCommAbort, ncclMoeCommGetAsyncError and
  *    ncclMoeGetLastError may be called by any thread at any time.
- *  - A child of fork must not use its parent's communicators, nor free them: calls return ncclInvalidUsage.  While such a
- *    child lives, so do copies of its parent's sockets: that the parent has died may then be noticed only after timeoutMs.
+ *  - A child of fork must not use its parent's communicators, nor free them: calls return ncclInvalidUsage.  While such
+ *    a child lives, so do copies of its parent's sockets: that the parent has died may then be noticed only after
+ *    timeoutMs.
  *  - "Stream-ordered" means that the work is enqueued on the stream and the host does not wait.  The host backend has
  *    no streams: it ignores the argument and has done the work when the call returns.
- *  - On a device, calls of one communicator run one after the other in the order of their enqueuing, whatever their streams: those
- *    outside of graphs, and those of one capture.  A graph's launch is ordered with everything else, other graphs of
- *    the communicator included, by the caller's streams alone; if two overlap, both are spoilt.  All ranks launch their
- *    graphs in the same order.
- *  - From sm_90 on, latency mode's kernels are launched programmatically (cudaLaunchAttributeProgrammaticStreamSerialization)
- *    and wait for the end of the kernel before them.  If that one triggers its dependents early, their blocks may take SMs
- *    that it has left.  If it was itself launched so, it must wait (cudaGridDependencySynchronize) for what came before.
- *    They trigger theirs once all peers have begun the call: a kernel behind them that is launched so must wait likewise,
- *    whatever it touches, for those behind it rely on it.  Its blocks may already hold SMs while the call still runs.
+ *  - On a device, calls of one communicator run one after the other in the order of their enqueuing, whatever their
+ *    streams: those outside of graphs, and those of one capture.  A graph's launch is ordered with everything else,
+ *    other graphs of the communicator included, by the caller's streams alone; if two overlap, both are spoilt.  All
+ *    ranks launch their graphs in the same order.
+ *  - From sm_90 on, latency mode's kernels are launched programmatically
+ *    (cudaLaunchAttributeProgrammaticStreamSerialization) and wait for the end of the kernel before them.  If that one
+ *    triggers its dependents early, their blocks may take SMs that it has left.  If it was itself launched so, it must
+ *    wait (cudaGridDependencySynchronize) for what came before. They trigger theirs once all peers have begun the call:
+ *    a kernel behind them that is launched so must wait likewise, whatever it touches, for those behind it rely on it.
+ *    Its blocks may already hold SMs while the call still runs.
  */
 #ifndef NCCL_MOE_H_
 #define NCCL_MOE_H_
@@ -152,8 +154,8 @@ ncclResult_t ncclMoeGetVersion(int* version);
 ncclResult_t pncclMoeGetVersion(int* version);
 
 /* The CUDA memory that ncclMoeCommInit with this config over nRanks ranks will take on one rank; nothing is allocated.
- * Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (more ranks or experts than GPUs are served for; this build has no CUDA
- * part). */
+ * Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (more ranks or experts than GPUs are served for; this build has
+ * no CUDA part). */
 ncclResult_t ncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 ncclResult_t pncclMoeCommMemoryNeeded(const ncclMoeConfig_t* config, int nRanks, size_t* bytes);
 
@@ -167,13 +169,14 @@ ncclResult_t pncclMoeCommInit(ncclMoeComm_t* moe, ncclComm_t comm, const ncclMoe
 
 /* Makes a communicator over host memory.  Ranks are threads or processes; those of one machine (the same NCCL_HOSTID,
  * or else the same host name and boot) meet in shared memory; others, and those that cannot open each other's memory,
- * over TCP.  Collective; waits for all ranks to come, timeoutMs at most, and then for their answers, likewise; after a failure it
- * may take a second more, in which ranks tell each other why.
+ * over TCP.  Collective; waits for all ranks to come, timeoutMs at most, and then for their answers, likewise; after a
+ * failure it may take a second more, in which ranks tell each other why.
  *   rendezvous  "tcp://HOST:PORT": rank 0 listens there, the others connect; or
  *               "file:///PATH": rank 0 writes its address to PATH (made new, also in place of one that an earlier job
- *               left behind; readable by its user alone; gone after init), which all ranks must see.  Used by one job at a time.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (config of a newer header), ncclSystemError, ncclRemoteError (a rank did
- * not come, or does not agree on the config).  *moe is NULL after an error. */
+ *               left behind; readable by its user alone; gone after init), which all ranks must see.  Used by one
+ *               job at a time.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (config of a newer header), ncclSystemError, ncclRemoteError (a rank
+ * did not come, or does not agree on the config).  *moe is NULL after an error. */
 ncclResult_t ncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
                                  const ncclMoeConfig_t* config);
 ncclResult_t pncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, const char* rendezvous,
@@ -183,12 +186,12 @@ ncclResult_t pncclMoeCommInitHost(ncclMoeComm_t* moe, int nRanks, int rank, cons
 ncclResult_t ncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 ncclResult_t pncclMoeCommGetInfo(ncclMoeComm_t moe, ncclMoeCommInfo_t* info);
 
-/* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  No thread may be in a call
- * on it: one that waits is to be ended by ncclMoeCommAbort, and to have returned, before.  All ranks call it, but
- * it waits for no peer: one that died does not matter, and one that still works gets ncclRemoteError.  Synchronises
- * the host; not capturable; graphs that captured the communicator's calls must not be launched afterwards.  NULL is
- * fine.  Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so), ncclRemoteError (a collective call
- * timed out in NCCL and still occupies the GPU: device memory is left to the process's end). */
+/* Frees the communicator, its routings and its ncclMoeMemAlloc memory, after its enqueued work.  No thread may be in a
+ * call on it: one that waits is to be ended by ncclMoeCommAbort, and to have returned, before.  All ranks call it, but
+ * it waits for no peer: one that died does not matter, and one that still works gets ncclRemoteError.  Synchronises the
+ * host; not capturable; graphs that captured the communicator's calls must not be launched afterwards.  NULL is fine.
+ * Errors: ncclInvalidArgument, ncclUnhandledCudaError (all is freed even so), ncclRemoteError (a collective call timed
+ * out in NCCL and still occupies the GPU: device memory is left to the process's end). */
 ncclResult_t ncclMoeCommDestroy(ncclMoeComm_t moe);
 ncclResult_t pncclMoeCommDestroy(ncclMoeComm_t moe);
 
@@ -198,10 +201,10 @@ ncclResult_t pncclMoeCommDestroy(ncclMoeComm_t moe);
 ncclResult_t ncclMoeCommAbort(ncclMoeComm_t moe);
 ncclResult_t pncclMoeCommAbort(ncclMoeComm_t moe);
 
-/* *asyncError: ncclSuccess, or the first error that enqueued work met.  A timeout, a dead peer, an abort and ranks whose
- * arguments differ are final; a receive buffer that is too small and a bad expert id hold until the routing's next
- * dispatch, also one in a graph, so ask before that.  The sentence is in ncclMoeGetLastError(moe).  Local, does not wait.
- * Errors: ncclInvalidArgument. */
+/* *asyncError: ncclSuccess, or the first error that enqueued work met.  A timeout, a dead peer, an abort and ranks
+ * whose arguments differ are final; a receive buffer that is too small and a bad expert id hold until the routing's
+ * next dispatch, also one in a graph, so ask before that.  The sentence is in ncclMoeGetLastError(moe).  Local, does
+ * not wait. Errors: ncclInvalidArgument. */
 ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 
@@ -212,20 +215,20 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * threads of one process and share a GPU must not call this: it waits for the device.
  *   masked      host memory [R]: 1 leaves the rank out.  A caller's own is 0.
  *   generation  larger than in any earlier call on this communicator, on any rank.
- * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable; waits
- * for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards, halves that
- * were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's sums and
- * counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs of latency mode's calls
- * captured before may be launched again; those of throughput mode's would wait for the masked ranks until their timeout.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or has
- * combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'),
- * ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),
+ * Collective over the ranks that masked leaves in, with the same arguments; synchronises the device; not capturable;
+ * waits for them, timeoutMs at most.  It ends a timeout's async error.  Every routing needs a new dispatch afterwards,
+ * halves that were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's
+ * sums and counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs of
+ * latency mode's calls captured before may be launched again; those of throughput mode's would wait for the masked
+ * ranks until their timeout. Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed
+ * otherwise than by a timeout, or has combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for
+ * others'), ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),
  * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 
-/* What the communicator's calls have counted since ncclMoeCommInit, in either mode.  A dispatch with KEEP_ROUTING counts as
- * any other does; one whose receive buffer is too small delivers no rows and counts none. */
+/* What the communicator's calls have counted since ncclMoeCommInit, in either mode.  A dispatch with KEEP_ROUTING
+ * counts as any other does; one whose receive buffer is too small delivers no rows and counts none. */
 typedef struct ncclMoeCommStats {
   size_t size;
   unsigned int magic;
@@ -250,15 +253,14 @@ ncclResult_t pncclMoeCommGetStats(ncclMoeComm_t moe, ncclMoeCommStats_t* stats);
 const char* ncclMoeGetLastError(ncclMoeComm_t moe);
 const char* pncclMoeGetLastError(ncclMoeComm_t moe);
 
-/* Device memory that all ranks of the communicator reach.  Rows that throughput mode dispatches into it arrive without a
- * staging copy (on the host backend this is ordinary memory).  Combine reads any memory where it is.  Collective
- * with the same bytes (> 0) on every rank; synchronises the host; not capturable.  *ptr is aligned to 128 bytes at
- * least, its content undefined.  Freed by ncclMoeMemFree (collective) or with the communicator.  Where ranks on GPUs are
- * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes
- * back to CUDA with the communicator: cudaFree would wait for all GPUs of the process, and so possibly for a kernel
- * that waits for this rank.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (as of ncclMoeRoutingCreate), ncclRemoteError, ncclUnhandledCudaError,
- * ncclSystemError. */
+/* Device memory that all ranks of the communicator reach.  Rows that throughput mode dispatches into it arrive without
+ * a staging copy (on the host backend this is ordinary memory).  Combine reads any memory where it is.  Collective with
+ * the same bytes (> 0) on every rank; synchronises the host; not capturable.  *ptr is aligned to 128 bytes at least,
+ * its content undefined.  Freed by ncclMoeMemFree (collective) or with the communicator.  Where ranks on GPUs are
+ * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes back
+ * to CUDA with the communicator: cudaFree would wait for all GPUs of the process, and so possibly for a kernel that
+ * waits for this rank. Errors: ncclInvalidArgument, ncclInvalidUsage (as of ncclMoeRoutingCreate), ncclRemoteError,
+ * ncclUnhandledCudaError, ncclSystemError. */
 ncclResult_t ncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t pncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t ncclMoeMemFree(void* ptr, ncclMoeComm_t moe);
@@ -292,8 +294,8 @@ typedef struct ncclMoeRoutingConfig {
 #define NCCL_MOE_ROUTING_CONFIG_INITIALIZER                                                                            \
   { sizeof(ncclMoeRoutingConfig_t), NCCL_MOE_MAGIC, NCCL_MOE_VERSION_CODE, 0, 0, ncclMoeLayoutRankMajor, 0, 0 }
 
-/* The device memory that a routing of this config takes.  Local.  Errors: ncclInvalidArgument, ncclInvalidUsage (latency mode
- * cannot serve it). */
+/* The device memory that a routing of this config takes.  Local.  Errors: ncclInvalidArgument, ncclInvalidUsage
+ * (latency mode cannot serve it). */
 ncclResult_t ncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config, size_t* bytes);
 ncclResult_t pncclMoeRoutingMemoryNeeded(ncclMoeComm_t moe, const ncclMoeRoutingConfig_t* config, size_t* bytes);
 
@@ -313,11 +315,10 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
 
 /* Waits for the routing's last dispatch (its counts, not its rows) and copies them to host memory: *nRows is N;
  * expertCounts, if not NULL, takes [L] rows per local expert without padding.  Local; needs hostCounts; not capturable.
- * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.
- * Returns that dispatch's error where it failed, also when the receive buffer was too small (*nRows is then the size
- * needed). Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
- * captured in a graph, whose counts are in device memory alone; in latency mode it was SEND_ONLY and is not completed),
- * ncclRemoteError. */
+ * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete. Returns that dispatch's error where it
+ * failed, also when the receive buffer was too small (*nRows is then the size needed). Errors: ncclInvalidArgument,
+ * ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was captured in a graph, whose counts
+ * are in device memory alone; in latency mode it was SEND_ONLY and is not completed), ncclRemoteError. */
 ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 
@@ -397,11 +398,10 @@ typedef struct ncclMoeDispatchArgs {
 
 /* Sends each token's row, once per rank, to the ranks that hold its experts, and delivers it there in the routing's
  * layout. Collective (hidden, type, quant, scaleBytes, flags and which of topkWeights and scales are given: the same on
- * every rank, which the host backend checks, naming what differs; nTokens, nTokensDev, capacities and numSms are each rank's own);
- * stream-ordered; may be captured in a CUDA graph,
- * and what a replay reads from topkIdx and nTokensDev may change.  With KEEP_ROUTING, nTokens
- * and what nTokensDev holds must be the kept dispatch's.
- * Errors: ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
+ * every rank, which the host backend checks, naming what differs; nTokens, nTokensDev, capacities and numSms are each
+ * rank's own); stream-ordered; may be captured in a CUDA graph, and what a replay reads from topkIdx and nTokensDev may
+ * change.  With KEEP_ROUTING, nTokens and what nTokensDev holds must be the kept dispatch's. Errors:
+ * ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
  * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeDispatch(const ncclMoeDispatchArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
                              cudaStream_t stream);
@@ -459,11 +459,12 @@ ncclResult_t ncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t r
 ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
                              cudaStream_t stream);
 
-/* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode stores
- * them in this half, throughput mode and the host backend may from the first one on: nothing may use them from then on.  Between the two halves
- * nothing runs on the device.  Collective; several routings may be in flight, completed in the same order on
- * every rank; stream-ordered, on any stream; both halves belong into one capture, or neither into any. Errors: ncclInvalidArgument,
- * ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
+/* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode
+ * stores them in this half, throughput mode and the host backend may from the first one on: nothing may use them from
+ * then on.  Between the two halves nothing runs on the device.  Collective; several routings may be in flight,
+ * completed in the same order on every rank; stream-ordered, on any stream; both halves belong into one capture, or
+ * neither into any. Errors: ncclInvalidArgument, ncclInvalidUsage (nothing to complete), ncclRemoteError,
+ * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 ncclResult_t pncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 

@@ -6,8 +6,9 @@
 //   experts                 here each multiplies its rows by a number
 //   combine                 brings the experts' rows back to their tokens and sums them, weighted
 //
-// All of it is captured once in a CUDA graph, and replayed with other tokens, other experts and another number of tokens each time.
-// Every output is compared with a plain computation on the host; exit status 1 if one differs.  docs/decoding.md says more.
+// All of it is captured once in a CUDA graph, and replayed with other tokens, other experts and another number of
+// tokens each time. Every output is compared with a plain computation on the host; exit status 1 if one differs.
+// docs/decoding.md says more.
 //
 //   decode_step [-g GPUS] [-n STEPS] [-s SEED]      0 or no -g: all GPUs
 #include <cuda_bf16.h>
@@ -95,8 +96,9 @@ struct Batch {
   int nTokens;                              // T: only the first are sent
 };
 
-// Numbers that neither FP8 nor BF16 rounds, so that outputs can be compared exactly: whole ones up to 7, where each block has a 7,
-// so that its scale is 7/448 = 1/64; weights of 1/2 and 1.  Sums come to 126 at most, a multiple of 1/2: BF16 has 8 bits.
+// Numbers that neither FP8 nor BF16 rounds, so that outputs can be compared exactly: whole ones up to 7, where each
+// block has a 7, so that its scale is 7/448 = 1/64; weights of 1/2 and 1.  Sums come to 126 at most, a multiple of 1/2:
+// BF16 has 8 bits.
 Batch drawBatch(uint64_t seed, int step, int rank, int nExperts) {
   std::seed_seq words{seed, static_cast<uint64_t>(step), static_cast<uint64_t>(rank)};
   std::mt19937_64 random(words);
@@ -163,7 +165,8 @@ bool runRank(int rank, int nRanks, ncclComm_t nccl, const std::vector<std::vecto
   ncclMoeRouting_t routing = nullptr; // layers that run one after the other can share it
   MOE_OK(ncclMoeRoutingCreate(&routing, moe, &layer));
 
-  // EXPERT_PADDED has room for every token of every rank at every expert.  To latency mode ncclMoeMemAlloc's memory is as any other.
+  // EXPERT_PADDED has room for every token of every rank at every expert.  To latency mode ncclMoeMemAlloc's memory is
+  // as any other.
   const int planeRows = nRanks * kMaxTokens;
   const size_t rows = static_cast<size_t>(kLocalExperts) * planeRows;
   const auto in = deviceArray<Batch>(1);
@@ -220,7 +223,8 @@ bool runRank(int rank, int nRanks, ncclComm_t nccl, const std::vector<std::vecto
   CUDA_OK(cudaGraphUpload(graph, stream));
   CUDA_OK(cudaStreamSynchronize(stream));
 
-  // All ranks are ready before the first step: what CUDA does to get ready may wait for kernels, and those wait for peers.
+  // All ranks are ready before the first step: what CUDA does to get ready may wait for kernels, and those wait for
+  // peers.
   for (++*nReady; *nReady < nRanks;) std::this_thread::yield();
 
   bool fine = true;
@@ -288,8 +292,8 @@ int main(int argc, char** argv) {
     for (int r = 0; r < nRanks; r++) steps[s].push_back(drawBatch(seed, s, r, nRanks * kLocalExperts));
   }
 
-  // One process with a thread for each GPU.  Processes would share a ncclUniqueId, call ncclCommInitRank, and meet otherwise;
-  // nothing else differs.
+  // One process with a thread for each GPU.  Processes would share a ncclUniqueId, call ncclCommInitRank, and meet
+  // otherwise; nothing else differs.
   std::vector<ncclComm_t> comms(nRanks);
   NCCL_OK(ncclCommInitAll(comms.data(), nRanks, nullptr));
   std::vector<int> fine(nRanks);

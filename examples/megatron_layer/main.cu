@@ -95,13 +95,14 @@ void runRank(const LayerConfig& c, int rank, int nRanks, ncclComm_t comm, const 
   CUDA_OK(cudaStreamDestroy(stream));
 }
 
-// The layer rounds to BF16, half a unit being 2^-9 = 0.2 %, after each GEMM, activation and collective: five to seven times
-// on the way to an element.  These errors are independent and as large as the row (of a token; of an expert's gradient, and
-// the router's, the whole matrix) is, however small the one element: an element's error is compared with its size plus the
-// row's root mean square.  (An expert's row of the router's gradient is a difference of its tokens' dot products, which may
-// nearly cancel while their errors do not: of experts with one token, every thirtieth or so comes to less than a fiftieth of
-// the others.)  So measured, errors of correct arithmetic have a root mean square of 0.3 %, and the largest of some hundred
-// thousand comes to 2 to 4 %, as products of normally distributed numbers have long tails.
+// The layer rounds to BF16, half a unit being 2^-9 = 0.2 %, after each GEMM, activation and collective: five to seven
+// times on the way to an element.  These errors are independent and as large as the row (of a token; of an expert's
+// gradient, and the router's, the whole matrix) is, however small the one element: an element's error is compared with
+// its size plus the row's root mean square.  (An expert's row of the router's gradient is a difference of its tokens'
+// dot products, which may nearly cancel while their errors do not: of experts with one token, every thirtieth or so
+// comes to less than a fiftieth of the others.)  So measured, errors of correct arithmetic have a root mean square of
+// 0.3 %, and the largest of some hundred thousand comes to 2 to 4 %, as products of normally distributed numbers have
+// long tails.
 constexpr double kTolerance = 0.08, kMeanTolerance = 0.01;
 
 double valueOf(float v) { return v; }
@@ -193,8 +194,8 @@ int main(int argc, char** argv) {
                     std::vector<float>(steps[step].w2.size(), NAN)};
   }
 
-  // One process with a thread for each GPU.  Processes would share a ncclUniqueId and call ncclCommInitRank; nothing else
-  // differs.
+  // One process with a thread for each GPU.  Processes would share a ncclUniqueId and call ncclCommInitRank; nothing
+  // else differs.
   std::vector<ncclComm_t> comms(nRanks);
   NCCL_OK(ncclCommInitAll(comms.data(), nRanks, nullptr));
   std::vector<std::thread> threads;

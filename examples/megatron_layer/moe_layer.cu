@@ -88,8 +88,8 @@ __global__ void swigluBackwardKernel(const bf16* inner, const bf16* gradActive, 
   gradInner[at + ffn] = __float2bfloat16(grad * gate * sigmoid);
 }
 
-// A warp for each row: a weight's gradient is <gradient of the sum, expert's output>; the expert's output has the gradient
-// weight * (gradient of the sum), which takes that one's place.
+// A warp for each row: a weight's gradient is <gradient of the sum, expert's output>; the expert's output has the
+// gradient weight * (gradient of the sum), which takes that one's place.
 __global__ void weightBackwardKernel(const bf16* expertOut, const float* rowWeights, size_t rows, int hidden,
                                      bf16* gradRows, float* gradRowWeights) {
   const size_t row = (static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
@@ -201,8 +201,8 @@ void MoeLayer::forward(bf16* x, bf16* out) {
   for (int l = 0; l < localExperts(); l++)
     offsets_[l + 1] = offsets_[l] + (counts_[l] + c_.alignment - 1) / c_.alignment * c_.alignment;
 
-  // One GEMM after the other; from CUDA 12.5 on cublasGemmGroupedBatchedEx takes them all in one call.  Padding between the
-  // experts is left out here; kernels for single elements compute it too, for nobody reads it.
+  // One GEMM after the other; from CUDA 12.5 on cublasGemmGroupedBatchedEx takes them all in one call.  Padding between
+  // the experts is left out here; kernels for single elements compute it too, for nobody reads it.
   for (int l = 0; l < localExperts(); l++) {
     if (counts_[l] == 0) continue;
     const size_t at = offsets_[l];

@@ -1,5 +1,6 @@
-// A mixture-of-experts layer as Megatron has it, forward and backward, with its experts spread over the ranks of an NCCL
-// communicator (expert parallelism).  Every rank has tokens of its own, a copy of the router, and L of the E experts.
+// A mixture-of-experts layer as Megatron has it, forward and backward, with its experts spread over the ranks of an
+// NCCL communicator (expert parallelism).  Every rank has tokens of its own, a copy of the router, and L of the E
+// experts.
 //
 //   p = softmax(x Wr^T);  of each token the K experts with the largest p are selected
 //   out = sum over the selected experts e of  p_e * expert_e(x)

@@ -32,8 +32,8 @@ bool isTopK(const std::vector<double>& probs, const int64_t* selected, int topK)
   return least >= best - 1e-5;
 }
 
-// One token at one of its experts: adds to the token's sum and to all gradients but the router's.  Returns the gradient of
-// the probability.
+// One token at one of its experts: adds to the token's sum and to all gradients but the router's.  Returns the gradient
+// of the probability.
 double visitExpert(const Problem& p, int token, int64_t expert, double prob, Answer* a) {
   const int hidden = p.hidden, ffn = p.ffn;
   const float* x = &p.x[static_cast<size_t>(token) * hidden];

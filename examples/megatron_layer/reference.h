@@ -15,5 +15,6 @@ struct Answer {
 };
 
 // topkIdx: [tokens, K], the experts that were selected.  They are checked: each is named once, and none has a smaller
-// probability than an expert that was left out, but for the rounding of FP32 sums.  False, with a line on stderr, if one does.
+// probability than an expert that was left out, but for the rounding of FP32 sums.  False, with a line on stderr, if
+// one does.
 bool solve(const Problem& problem, const std::vector<int64_t>& topkIdx, Answer* answer);

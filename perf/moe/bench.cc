@@ -61,8 +61,8 @@ class RankRun {
     if (observer_ != nullptr) observer_->progress(size, nSizes, what);
   }
 
-  // The rows that every rank's receive tensors get: the most that one needs; in a graph, which is replayed whatever the routing, the
-  // most that any routing needs.  A multiple of 4, as column-major scales want it.
+  // The rows that every rank's receive tensors get: the most that one needs; in a graph, which is replayed whatever the
+  // routing, the most that any routing needs.  A multiple of 4, as column-major scales want it.
   int64_t capacityOf(const Shape& shape, const Routing& routing) const {
     int64_t most = 0;
     for (int r = 0; r < shape.nRanks; r++) {

@@ -168,8 +168,8 @@ class CudaDevice : public Device {
     for (int i = -series.warmup; i < series.n; i++) {
       PERFCHECK(synchronize());
       PERFCHECK(group_.barrier());
-      // The host has enqueued the call by the time the caches are flushed and the ranks have met, so that neither its work
-      // nor the ranks' distance is measured.
+      // The host has enqueued the call by the time the caches are flushed and the ranks have met, so that neither its
+      // work nor the ranks' distance is measured.
       CUDAPERF(cudaMemsetAsync(flush_, i & 0xff, flushBytes_, stream_));
       CUDAPERF(cudaMemsetAsync(flush_, ~i & 0xff, flushBytes_, stream_));
       if (meetingSlots_ != nullptr) {

@@ -1,4 +1,5 @@
-// What differs between the backends that moe_perf measures.  Everything else is shared: options, data, checks, printing.
+// What differs between the backends that moe_perf measures.  Everything else is shared: options, data, checks,
+// printing.
 #pragma once
 
 #include <functional>
@@ -38,10 +39,11 @@ class Device {
   virtual ncclResult_t run(const Call& call, int graphCalls) = 0;
   // Aligns the ranks before each measurement, and times it.
   virtual ncclResult_t time(const Call& call, const Series& series, double* us) = 0;
-  // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest rank's.
-  // 0 where it cannot be measured.
+  // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest
+  // rank's. 0 where it cannot be measured.
   virtual ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) = 0;
-  // One group of plain ncclSend and ncclRecv: sendBytes[r] to rank r and recvBytes[r] from it, in the order of the ranks.
+  // One group of plain ncclSend and ncclRecv: sendBytes[r] to rank r and recvBytes[r] from it, in the order of the
+  // ranks.
   virtual ncclResult_t exchange(const void* send, const std::vector<size_t>& sendBytes, void* recv,
                                 const std::vector<size_t>& recvBytes, cudaStream_t stream) = 0;
 };
@@ -49,8 +51,8 @@ class Device {
 // rendezvous: the file:// address of the host backend.
 ncclResult_t makeHostDevice(Group& group, const std::string& rendezvous, std::unique_ptr<Device>* device);
 
-// GPUs that this process sees; 0 also where there is no driver or no CUDA part in this build.  Initialises CUDA, so that a
-// process which is going to fork must leave it to a child.
+// GPUs that this process sees; 0 also where there is no driver or no CUDA part in this build.  Initialises CUDA, so
+// that a process which is going to fork must leave it to a child.
 int countGpus();
 ncclResult_t makeCudaDevice(Group& group, int gpu, std::unique_ptr<Device>* device);
 

@@ -24,9 +24,9 @@ class Group {
 // Rank 0 waits, which is then so much later than the others.
 void beLate(const Group& group, int us);
 
-// In memory that forked processes and threads share.  The barrier is a counter and a generation: the last to come resets
-// the counter, then moves the generation on (release); the others spin on it for a while, then sleep in a futex, until it
-// has moved, the run is aborted or timeoutMs has passed.
+// In memory that forked processes and threads share.  The barrier is a counter and a generation: the last to come
+// resets the counter, then moves the generation on (release); the others spin on it for a while, then sleep in a futex,
+// until it has moved, the run is aborted or timeoutMs has passed.
 struct GroupMemory {
   std::atomic<int> arrived;
   std::atomic<int> generation;

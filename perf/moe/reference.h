@@ -1,5 +1,5 @@
-// What the collectives have to deliver, worked out from the seed by plain loops over tokens and experts.  Shares no code
-// with the library.
+// What the collectives have to deliver, worked out from the seed by plain loops over tokens and experts.  Shares no
+// code with the library.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// The ranks meet: thread r tells rank r of this round and waits until rank r has told of it.  Gives up after ten seconds.
+// The ranks meet: thread r tells rank r of this round and waits until rank r has told of it.  Gives up after ten
+// seconds.
 __global__ void meetKernel(unsigned* const* slots, int rank, int nRanks, unsigned round) {
   const int r = threadIdx.x;
   if (r >= nRanks) return;

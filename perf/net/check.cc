@@ -52,7 +52,8 @@ std::string lastPart(const std::string& link) {
 
 bool startsWith(const std::string& text, const char* prefix) { return text.compare(0, strlen(prefix), prefix) == 0; }
 
-// rdma-core has no call that tells its version, but the library's file has it in its name (libibverbs.so.1.14.44.0 is 44.0).
+// rdma-core has no call that tells its version, but the library's file has it in its name (libibverbs.so.1.14.44.0 is
+// 44.0).
 void describeVerbsLibrary() {
   const char* user = getenv("NCCL_MOE_NET_IBVERBS_LIB");
   const char* name = user != nullptr ? user : "libibverbs.so.1";

@@ -22,7 +22,8 @@ struct Found {
   DeviceSummary devices[maxDevices];
 };
 
-// System, kernel modules and verbs library with their versions, limits, variables, RDMA devices with their ports and GIDs.
+// System, kernel modules and verbs library with their versions, limits, variables, RDMA devices with their ports and
+// GIDs.
 void describeMachine();
 // The plugin's devices that have a PCI address, and what chooseNics makes of them; user is NCCL_MOE_NET_NIC.
 ncclResult_t chooseFromDevices(const net::Topology& topology, const Found& found, const std::string& user,

@@ -36,7 +36,8 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// What is waited for: polls, lets others run when nothing has happened for a while, and after `seconds` of nothing ends.
+// What is waited for: polls, lets others run when nothing has happened for a while, and after `seconds` of nothing
+// ends.
 class Patience {
  public:
   explicit Patience(int seconds);

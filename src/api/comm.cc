@@ -19,8 +19,8 @@ IntParam timeoutParam{"NCCL_MOE_TIMEOUT_MS", 100000, 1, std::numeric_limits<int>
                       "milliseconds until a wait on a peer ends"};
 StringParam jobTokenParam{"NCCL_MOE_JOB_TOKEN", "", "secret that the ranks of a job share", StringParam::nameAlone};
 
-// How many forks lie behind this process, counted from the first call.  To compare process ids would be a system call in every
-// collective.
+// How many forks lie behind this process, counted from the first call.  To compare process ids would be a system call
+// in every collective.
 int forksBehind() {
   static std::atomic<int> forks{0};
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });

@@ -1,5 +1,5 @@
-// What CUDA memory is served for.  It is known without CUDA: the host backend refuses the same shapes of latency mode, so that a
-// program that was developed on it finds no new refusal on GPUs.
+// What CUDA memory is served for.  It is known without CUDA: the host backend refuses the same shapes of latency mode,
+// so that a program that was developed on it finds no new refusal on GPUs.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@ constexpr size_t kMaxLatencyShared = 96 << 10;
 // An error where ncclMoeCommInit could not make the communicator, whatever the GPU.
 ncclResult_t deviceRefusal(const CommConfig& config, int nRanks, const char* function);
 
-// Shared memory that latency mode's dispatch takes for its lists (device/latency_dispatch_lists.cuh) on a rank with nLocal experts, and
-// on the rank that takes most.
+// Shared memory that latency mode's dispatch takes for its lists (device/latency_dispatch_lists.cuh) on a rank with
+// nLocal experts, and on the rank that takes most.
 size_t latencyListBytes(int nRanks, int nExperts, int nLocal, int maxTokens);
 size_t latencyListBytes(const CommConfig& config, int nRanks, int maxTokens);
 

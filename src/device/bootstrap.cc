@@ -75,7 +75,8 @@ class NcclBootstrap : public DeviceBootstrap {
   }
 
  private:
-  // Of a rank in an exchange.  One buffer for all: to replace it might wait for a kernel of NCCL that waits for this rank.
+  // Of a rank in an exchange.  One buffer for all: to replace it might wait for a kernel of NCCL that waits for this
+  // rank.
   static constexpr size_t kMostBytes = 512;
 
   ncclResult_t tooLate() const {

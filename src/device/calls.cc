@@ -35,8 +35,8 @@ ncclResult_t noteCounts(DeviceRouting& state, cudaStream_t stream) {
   return ncclSuccess;
 }
 
-// Whether this rank received rows in the routing's last dispatch, as far as the host can know without waiting.  Latency mode tells
-// it with hostCounts only.
+// Whether this rank received rows in the routing's last dispatch, as far as the host can know without waiting.  Latency
+// mode tells it with hostCounts only.
 bool hasRows(const DeviceRouting& state, cudaStream_t stream) {
   if (state.countedInCapture || isCapturing(stream)) return false;
   const bool clean = cudaPeekAtLastError() == cudaSuccess;
@@ -140,7 +140,8 @@ ncclResult_t DeviceBackend::dispatch(const ncclMoeDispatchArgs_t& args, ncclMoeR
   MOECHECK(follow(stream));
   launched_ = true;
   CUDACHECK(launchRoute(route, sms(args.numSms, smCount_), stream));
-  // An event between the kernels keeps them apart, so it is only where a caller may wait for the counts that it stands there.
+  // An event between the kernels keeps them apart, so it is only where a caller may wait for the counts that it stands
+  // there.
   const bool countsFirst = routing.config.hostCounts != 0;
   if (countsFirst) MOECHECK(noteCounts(state, stream));
   CUDACHECK(launchPush(push, sms(args.numSms, plainCopy ? kCopySms : kDefaultSms), stream, overlaps_ && !countsFirst));

@@ -1,5 +1,6 @@
 // The FP8 cast of include/nccl_moe.h, sixteen elements of each lane; eight lanes share a block of NCCL_MOE_SCALE_BLOCK.
-// By a whole warp.  *scale: the block's; with ue8m0 a power of two, the byte that UE8M0 stores being its exponent field.
+// By a whole warp.  *scale: the block's; with ue8m0 a power of two, the byte that UE8M0 stores being its exponent
+// field.
 #pragma once
 
 #include <cuda_bf16.h>

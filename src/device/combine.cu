@@ -3,16 +3,17 @@
 // Protocol.  Every block stores ready[this rank] = epoch << 32 | signature at every peer (release, system scope): this
 // rank's earlier calls have ended, so its window may be written.  It waits for all peers' ready flags (acquire).  A
 // block that comes onto an SM late may find a peer's flag of the next epoch: other blocks have done all that the peer
-// waited for, and it is in its next call, which it cannot finish before this one has ended here.  Then warps take rows to
-// send, or pieces of them (RowWork), from a counter: a warp adds the row's (weighted) contributions here, stores the sum, rounded to
-// the type, into the owner's window, with the first piece its weight gradients, and after __syncwarp the flags of the pieces: the
-// epoch, with release at system scope.  Between rows a warp takes tokens to reduce, or pieces of them, from a second counter: once
-// the flags of all the token's rows are the epoch (acquire) it adds them in the order of the ranks.  Warps block on flags only
-// when all rows to send have been taken, and a warp that has taken one never blocks before it has sent it: one resident block per
-// rank is enough to finish.  All waits are bounded by the communicator's timeout and abort.  The last block advances the epoch.
-//   An EXACT combine is the same but that each of the rows goes to the owner by itself, with its weight, and stands there under
-// its token and selection.  There is room for the rows of a few tokens only, so the host launches one kernel, a call with an
-// epoch of its own, for each range of tokens.
+// waited for, and it is in its next call, which it cannot finish before this one has ended here.  Then warps take rows
+// to send, or pieces of them (RowWork), from a counter: a warp adds the row's (weighted) contributions here, stores the
+// sum, rounded to the type, into the owner's window, with the first piece its weight gradients, and after __syncwarp
+// the flags of the pieces: the epoch, with release at system scope.  Between rows a warp takes tokens to reduce, or
+// pieces of them, from a second counter: once the flags of all the token's rows are the epoch (acquire) it adds them in
+// the order of the ranks.  Warps block on flags only when all rows to send have been taken, and a warp that has taken
+// one never blocks before it has sent it: one resident block per rank is enough to finish.  All waits are bounded by
+// the communicator's timeout and abort.  The last block advances the epoch.
+//   An EXACT combine is the same but that each of the rows goes to the owner by itself, with its weight, and stands
+// there under its token and selection.  There is room for the rows of a few tokens only, so the host launches one
+// kernel, a call with an epoch of its own, for each range of tokens.
 #include "device/row_sum.cuh"
 #include "device/token.cuh"
 
@@ -24,8 +25,8 @@ enum Kind : int { kRankMajor = 0, kExperts = 1, kExact = 2 };
 template <int kKind> constexpr int kWarps = kKind == kRankMajor ? 28 : 20;
 constexpr int kMaxReductionsPerPush = 2;
 
-// Lists this rank's rows of a token, from vector `begin` on, in the order of its selections; lane k knows whether selection k is
-// here and its slot.
+// Lists this rank's rows of a token, from vector `begin` on, in the order of its selections; lane k knows whether
+// selection k is here and its slot.
 __device__ __forceinline__ int listOwn(const CombineArgs& a, RowList& list, bool here, int slot, int begin) {
   const int lane = threadIdx.x & 31;
   const unsigned rows = __ballot_sync(~0u, here);
@@ -144,8 +145,8 @@ __device__ __forceinline__ bool reduceToken(const CombineArgs& a, RowList& list,
     nRows = listExact(a, list, token, t, span.begin);
     if (nRows > 0) sumRows<T, Sum::weighted>(list, nRows, 0, 0, nVec, ring, out);
   } else {
-    // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already what its
-    // rank's sum would be and stands among them; several are summed first.
+    // The other ranks' rows in the order of the ranks, nBefore of them before this rank's.  A single own row is already
+    // what its rank's sum would be and stands among them; several are summed first.
     const unsigned remotes = __ballot_sync(~0u, remote);
     const int nBefore = __popc(__ballot_sync(~0u, remote && token.rank < c.rank));
     const bool inLine = kKind == kRankMajor && __any_sync(~0u, here);

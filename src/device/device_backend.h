@@ -17,8 +17,8 @@
 
 namespace moe {
 
-// What kernels tell the host and the host tells kernels, in host memory.  One allocation of the communicator's, for CUDA would
-// free it only when no kernel runs.  The outcomes of its routings follow, each at the number of its window.
+// What kernels tell the host and the host tells kernels, in host memory.  One allocation of the communicator's, for
+// CUDA would free it only when no kernel runs.  The outcomes of its routings follow, each at the number of its window.
 struct HostState {
   Failure failure;
   int abortFlag;

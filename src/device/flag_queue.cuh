@@ -1,9 +1,9 @@
 // The flags of rows that a block's warps have written, on their way out.
 //
-// A release at system scope ends when the peers have all that was written before, and on few SMs rows would spend much of their
-// time in one each.  So warps put their flags into a queue in shared memory (release, block scope), and the block's last warp takes
-// what is there (acquire), up to 32 flags, makes one fence at system scope for them, and stores them.  Both are cumulative: a flag
-// that a peer sees says that the row is there.
+// A release at system scope ends when the peers have all that was written before, and on few SMs rows would spend much
+// of their time in one each.  So warps put their flags into a queue in shared memory (release, block scope), and the
+// block's last warp takes what is there (acquire), up to 32 flags, makes one fence at system scope for them, and stores
+// them.  Both are cumulative: a flag that a peer sees says that the row is there.
 #pragma once
 
 #include "device/primitives.cuh"

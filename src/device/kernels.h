@@ -104,7 +104,8 @@ struct CombineArgs {
 struct BlockShape {
   int nThreads = 0, sharedBytes = 0;
 };
-// As many warps as the kernel was compiled for, or as find sharedPerWarp bytes each in a block that may have sharedBytes.
+// As many warps as the kernel was compiled for, or as find sharedPerWarp bytes each in a block that may have
+// sharedBytes.
 inline cudaError_t shapeKernel(const void* kernel, int sharedPerWarp, size_t sharedBytes, BlockShape* shape) {
   cudaFuncAttributes attributes;
   const cudaError_t result = cudaFuncGetAttributes(&attributes, kernel);
@@ -124,12 +125,14 @@ size_t routeSharedNeeded(int nRanks, int nExperts);
 // Before a communicator's first launch on its device, whose blocks may have so much shared memory.  It also loads the
 // kernels: loading one at its first launch can wait for the device, and so for a kernel that waits for a peer.
 cudaError_t prepareRoute(size_t sharedBytes);
-// *overlaps: the code that is loaded waits in awaitKernelBefore.  Code made from PTX of an older architecture does not, on any device.
+// *overlaps: the code that is loaded waits in awaitKernelBefore.  Code made from PTX of an older architecture does not,
+// on any device.
 cudaError_t preparePush(bool* overlaps);
 cudaError_t prepareCombine(size_t sharedBytes, CombineShapes* shapes);
 
 // Only the launch's own error: cudaGetLastError would also give one that the caller's earlier calls left behind.
-// overlap: the kernel begins with awaitKernelBefore, so its blocks may come while the kernel before it in the stream still runs.
+// overlap: the kernel begins with awaitKernelBefore, so its blocks may come while the kernel before it in the stream
+// still runs.
 template <class Args>
 cudaError_t launchKernel(void (*kernel)(Args), int nBlocks, int nThreads, size_t sharedBytes, cudaStream_t stream,
                          const Args& args, bool overlap = false) {

@@ -1,44 +1,49 @@
 // What the latency kernels have in common: packets that need no flag, waits, and who sends what.
 //
-// Packets.  Rows travel in packets of 16 bytes that say by themselves whether they are there: an empty packet holds kEmptyByte in
-// every byte, and a store of 16 bytes by one b128 instruction is seen as a whole (PTX: b128 accesses are single-copy atomic).  So
-// a receiver polls the very packet that it wants; the sender neither fences nor stores a flag, and packets may arrive in any
-// order. A receiver makes a packet empty again when it has used it.
-//   Data may look like an empty packet.  The sender of such data then also stores the unit's tag into the record's literals, with
-// release after the packets of the unit; a receiver that waits for long looks there, with acquire, and takes what is there.
-//   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.  Picks are loaded once more,
-// by other warps, when a barrier has told that they are there.
+// Packets.  Rows travel in packets of 16 bytes that say by themselves whether they are there: an empty packet holds
+// kEmptyByte in every byte, and a store of 16 bytes by one b128 instruction is seen as a whole (PTX: b128 accesses are
+// single-copy atomic).  So a receiver polls the very packet that it wants; the sender neither fences nor stores a flag,
+// and packets may arrive in any order. A receiver makes a packet empty again when it has used it.
+//   Data may look like an empty packet.  The sender of such data then also stores the unit's tag into the record's
+// literals, with release after the packets of the unit; a receiver that waits for long looks there, with acquire, and
+// takes what is there.
+//   Headers and picks, which several blocks read and nobody empties, carry the tag of their call instead.  Picks are
+// loaded once more, by other warps, when a barrier has told that they are there.
 //
-// Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended, that is,
-// after it has seen its peer's header of call n+1.  The peer stored that in a kernel that had waited for the end of its kernel of
-// call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after the other, and a kernel's stores
-// to its own memory are performed when it ends.  (The header's load is relaxed: this rests on the kernels' boundaries, not on the
-// header, and takes a boundary to be a fence at system scope.)  A header comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers
-// of picks: dispatch n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
+// Why two parities are enough.  A rank writes into records of parity p in call n+2 after its own call n+1 has ended,
+// that is, after it has seen its peer's header of call n+1.  The peer stored that in a kernel that had waited for the
+// end of its kernel of call n (awaitKernelBefore), which had emptied what it read: kernels of a routing run one after
+// the other, and a kernel's stores to its own memory are performed when it ends.  (The header's load is relaxed: this
+// rests on the kernels' boundaries, not on the header, and takes a boundary to be a fence at system scope.)  A header
+// comes in every call from every rank, even where nothing else is to be sent.  The same holds of the two buffers of
+// picks: dispatch n+2 of those that choose experts anew writes where calls up to dispatch n+1 have read.
 //
-// A bad index is reported (badCall), with a fence before the token's picks are stored.  The block that tells the host looks when it has
-// seen all picks of its own rank and passed a barrier, with a fence before it looks, so it sees the report.
+// A bad index is reported (badCall), with a fence before the token's picks are stored.  The block that tells the host
+// looks when it has seen all picks of its own rank and passed a barrier, with a fence before it looks, so it sees the
+// report.
 //
-// What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last dispatch
-// brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it (awaitKernelBefore)
-// before it reads anything that is ever written again, and one warp of each block reads the state (Opening).  The count of calls is raised by every block after
-// its own look (of the kernel that receives; that of SEND_ONLY adds nothing), and shows the next call only when all blocks have
-// looked.  What a dispatch leaves in the state, its last block stores while others may still begin: of it they use the numbers of
-// tokens alone, and those only with KEEP_ROUTING, which stores them as they were (of masked ranks 0, whom nobody asks).  Masks change only while no kernel runs.  A rank's failure is sticky; what a call begins
-// after it sends nothing.
-//   A kernel that has heard from all peers, or waits for none, admits the one behind it (admitKernelBehind).  That one comes when all blocks
-// of this one have admitted it or ended, so none of them still wants an SM.  Not before: this one may wait for a late peer for long, and a
-// kernel that waits behind it would hold SMs which the peer's way here may need.  Once all have come, only a peer whose other blocks
-// have not found an SM yet can still keep this one waiting, and with it the one behind.
+// What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last
+// dispatch brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it
+// (awaitKernelBefore) before it reads anything that is ever written again, and one warp of each block reads the state
+// (Opening).  The count of calls is raised by every block after its own look (of the kernel that receives; that of
+// SEND_ONLY adds nothing), and shows the next call only when all blocks have looked.  What a dispatch leaves in the
+// state, its last block stores while others may still begin: of it they use the numbers of tokens alone, and those only
+// with KEEP_ROUTING, which stores them as they were (of masked ranks 0, whom nobody asks).  Masks change only while no
+// kernel runs.  A rank's failure is sticky; what a call begins after it sends nothing.
+//   A kernel that has heard from all peers, or waits for none, admits the one behind it (admitKernelBehind).  That one
+// comes when all blocks of this one have admitted it or ended, so none of them still wants an SM.  Not before: this one
+// may wait for a late peer for long, and a kernel that waits behind it would hold SMs which the peer's way here may
+// need.  Once all have come, only a peer whose other blocks have not found an SM yet can still keep this one waiting,
+// and with it the one behind.
 //
-// Who sends.  The items to send are shared out among the sending warps of the grid (Shares).  A warp claims its share by an exchange and
-// then sends it without waiting for anyone.  A block may be kept from running for as long as another kernel occupies the SMs, and that
-// one may wait for a peer which waits for this rank.  So a warp that has waited kStallNs claims and sends whatever nobody has
-// claimed yet, and one that ends leaves its SM to the next: one resident block that receives is enough for the peers to go on, and once
-// they do, so does this rank.
+// Who sends.  The items to send are shared out among the sending warps of the grid (Shares).  A warp claims its share
+// by an exchange and then sends it without waiting for anyone.  A block may be kept from running for as long as another
+// kernel occupies the SMs, and that one may wait for a peer which waits for this rank.  So a warp that has waited
+// kStallNs claims and sends whatever nobody has claimed yet, and one that ends leaves its SM to the next: one resident
+// block that receives is enough for the peers to go on, and once they do, so does this rank.
 //
-// Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of this rank; but
-// that for the kernel before, which ends by itself.  Each wait has its own deadline.
+// Every wait ends by what it waits for, by the communicator's timeout, by abort, or by a failure of another wait of
+// this rank; but that for the kernel before, which ends by itself.  Each wait has its own deadline.
 #pragma once
 
 #include <algorithm>
@@ -65,8 +70,9 @@ __device__ __forceinline__ LatencyState* stateOf(const LatencyView& v) {
 }
 __device__ __forceinline__ char* own(const LatencyView& v) { return v.peers[v.comm.rank]; }
 
-// What every thread of a block must know before it sends or receives, in shared memory.  One warp loads it: were all warps of a grid
-// to ask, thousands of loads would queue up at the few lines that it lies in, for about two microseconds.
+// What every thread of a block must know before it sends or receives, in shared memory.  One warp loads it: were all
+// warps of a grid to ask, thousands of loads would queue up at the few lines that it lies in, for about two
+// microseconds.
 struct Opening {
   unsigned long long calls, dispatches, masked;
   uint32_t failed;
@@ -116,7 +122,8 @@ __device__ __forceinline__ void locate(const int* nTokens, int* source, int* t) 
   while (*t >= nTokens[*source]) *t -= nTokens[(*source)++];
 }
 
-// The next N set bits of a mask, n of which there were; the others are 0.  What is done for each of N need not wait for the one before.
+// The next N set bits of a mask, n of which there were; the others are 0.  What is done for each of N need not wait for
+// the one before.
 template <int N> struct Few {
   int n = 0, bit[N];
   __device__ __forceinline__ explicit Few(unsigned* rest) {
@@ -173,8 +180,8 @@ __device__ __forceinline__ uint4 packFours(float value, int n) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet, which lane i
-// of *extras gets and, after the journey, has.
+// The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet,
+// which lane i of *extras gets and, after the journey, has.
 __device__ __forceinline__ void packScales(float scale, bool active, int i, uint4* extras) {
   const uint32_t bits = active ? __float_as_uint(scale) : 0u;
   const uint4 four = make_uint4(__shfl_sync(~0u, bits, 0), __shfl_sync(~0u, bits, 8), __shfl_sync(~0u, bits, 16),
@@ -221,8 +228,8 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
   return Progress::done;
 }
 
-// By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data whatever it is.
-// peerOf(i): whom it comes from.  kLoaded: got has been loaded once already.
+// By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data
+// whatever it is. peerOf(i): whom it comes from.  kLoaded: got has been loaded once already.
 template <bool kLoaded, int N, class Peer, class Literal>
 __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
                                          const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {
@@ -266,9 +273,10 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // ------------------------------------------------------------------------------------------------------ sending ----
 
-// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed when the block began sends
-// nothing (silent), for its calls no longer wait for the peers' and would overwrite what they have yet to read.
-// A claim hands over no data, so it is relaxed.  It stores the call's tag: one that is 2^32 - 1 calls old would pass for this call's.
+// A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed when the
+// block began sends nothing (silent), for its calls no longer wait for the peers' and would overwrite what they have
+// yet to read. A claim hands over no data, so it is relaxed.  It stores the call's tag: one that is 2^32 - 1 calls old
+// would pass for this call's.
 struct Claim {
   uint32_t tag, before; // lane 0: the answer, which nothing looks at before mine()
   bool silent;
@@ -319,7 +327,8 @@ struct Shares {
   }
 };
 
-// To every rank that takes part: how many tokens, or whatever z and x say, and that the call has begun.  By a whole warp.
+// To every rank that takes part: how many tokens, or whatever z and x say, and that the call has begun.  By a whole
+// warp.
 __device__ __forceinline__ void sendHeaders(const LatencyView& v, const Call& call, unsigned long long masked,
                                             uint32_t x, uint32_t signature, uint32_t z) {
 #pragma unroll 1
@@ -343,8 +352,9 @@ __device__ __forceinline__ Progress awaitHeader(const LatencyView& v, const Call
   return Progress::failed;
 }
 
-// The headers of ranks [first, first + 32), and so on every `step` ranks, that take part: use(r, header).  By a whole warp, a lane for each
-// rank; the same answer in all lanes.  counts: the time that it takes is counted, of a wait that stalls each part.
+// The headers of ranks [first, first + 32), and so on every `step` ranks, that take part: use(r, header).  By a whole
+// warp, a lane for each rank; the same answer in all lanes.  counts: the time that it takes is counted, of a wait that
+// stalls each part.
 template <class Use>
 __device__ __forceinline__ Progress receiveHeaders(const LatencyView& v, const Call& call, unsigned long long masked,
                                                    uint32_t signature, int first, int step, bool mayStall, bool counts,
@@ -363,7 +373,8 @@ __device__ __forceinline__ Progress receiveHeaders(const LatencyView& v, const C
   return __any_sync(~0u, worst == Progress::stalled) ? Progress::stalled : Progress::done;
 }
 
-// Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole warp.
+// Says that the unit of the record at rank r holds packets that look empty, all of them stored by now.  By a whole
+// warp.
 __device__ __forceinline__ void sendLiteral(const LatencyView& v, const Call& call, int r, int plane, int t, int unit) {
   __syncwarp();
   if ((threadIdx.x & 31) == 0) {
@@ -376,8 +387,8 @@ __device__ __forceinline__ bool isLiteral(const LatencyView& v, const Call& call
          call.tag;
 }
 
-// As many blocks as have work for a warp on each of an SM's four schedulers, were all ranks like this one; and one more.  A rank
-// that has few tokens itself may still receive many.
+// As many blocks as have work for a warp on each of an SM's four schedulers, were all ranks like this one; and one
+// more.  A rank that has few tokens itself may still receive many.
 inline int latencyBlocks(const LatencyView& v, int ownTokens, int rowBytes, int maxSms) {
   constexpr int kItemsPerBlock = 4;
   const int nTokens = std::max(ownTokens, v.layout.maxTokens / 8);

@@ -1,17 +1,17 @@
 // Latency mode's dispatch: one kernel, no exchange of counts before rows travel.
 //
-// Send.  Items: 0 the headers; then for each token its unit 0 (its picks to every rank, so that every rank can work out every
-// row's place; to the token's ranks the caller's scales and the weights), then for each token its segments.  Everything goes to
-// fixed places, by source rank and token.
-// Receive.  The last warp of a block waits for the headers; then the block reads the picks of all tokens as they come, and marks
-// and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those follows the place of
-// every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store
-// them where the caller wants them.  The last block tells the caller the counts, and mostly receives no rows.
-// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all
-// that there is to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw headers and picks only once
-// all their rows had gone.  And few senders leave the picks, which go first, a free way.  Receiving blocks that have waited for long send
-// what no sender has claimed.
-// See latency.cuh for packets, waits and who sends.
+// Send.  Items: 0 the headers; then for each token its unit 0 (its picks to every rank, so that every rank can work out
+// every row's place; to the token's ranks the caller's scales and the weights), then for each token its segments.
+// Everything goes to fixed places, by source rank and token. Receive.  The last warp of a block waits for the headers;
+// then the block reads the picks of all tokens as they come, and marks and counts them in lists: one for each local
+// expert, and one of the tokens that have any here.  From those follows the place of every row, in the order (source,
+// token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store them where the caller
+// wants them.  The last block tells the caller the counts, and mostly receives no rows. Who does what.  The first
+// blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all that there is
+// to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw
+// headers and picks only once all their rows had gone.  And few senders leave the picks, which go first, a free way.
+// Receiving blocks that have waited for long send what no sender has claimed. See latency.cuh for packets, waits and
+// who sends.
 #include "device/latency_dispatch_rows.cuh"
 
 namespace moe {
@@ -19,15 +19,15 @@ namespace {
 
 constexpr int kDispatchWarps = kDispatchThreads / 32;
 
-// How many of the nBlocks blocks that wait for nItems receive rows: but for the last, which tells the caller the counts, if the others can
-// take them all at once or if one block less hardly matters.
+// How many of the nBlocks blocks that wait for nItems receive rows: but for the last, which tells the caller the
+// counts, if the others can take them all at once or if one block less hardly matters.
 __device__ __forceinline__ int receivingBlocks(int nBlocks, int nItems) {
   return nBlocks >= 32 || (nBlocks > 1 && nItems <= (nBlocks - 1) * kDispatchWarps) ? nBlocks - 1 : nBlocks;
 }
 
-// How many of nBlocks blocks send and do nothing else.  A rank sends a row once, to one rank about as fast as to several, and receives one
-// for each of up to min(R, K) ranks, a unit of which takes about half as long again (measured with two and with four ranks).  Eight
-// SMs and more are enough for the link.
+// How many of nBlocks blocks send and do nothing else.  A rank sends a row once, to one rank about as fast as to
+// several, and receives one for each of up to min(R, K) ranks, a unit of which takes about half as long again (measured
+// with two and with four ranks).  Eight SMs and more are enough for the link.
 __device__ __forceinline__ int sendingBlocks(const LatencyView& v, int nBlocks) {
   return max(1 + 2 * nBlocks / (2 + 3 * min(v.comm.nRanks, v.layout.topK)), min(8, nBlocks / 4));
 }

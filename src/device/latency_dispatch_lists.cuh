@@ -14,7 +14,8 @@ __device__ __forceinline__ int gatherer() { return kDispatchThreads - 1 - static
 
 // What a block knows of the arriving rows, in shared memory: latencyListBytes (comm/limits.h) of it.
 struct Lists {
-  // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and each rank's count of them.
+  // [nLocal + 1][R * words + R] for each local expert, then for any: a bit for each token of each rank, and each rank's
+  // count of them.
   uint32_t* lists;
   int* offsets;       // [nLocal + 1] first row of each group
   int* nTokens;       // [R]
@@ -103,9 +104,9 @@ __device__ __forceinline__ void mark(const LatencyView& v, const Lists& lists, c
   }
 }
 
-// The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a token
-// exists to look there, thousands of loads would queue up at the lines that peers write to.  A barrier must follow.  counts: as for
-// receiveHeaders.
+// The headers, by the last warp; with more than 32 ranks by the last two.  Were all threads that want to know whether a
+// token exists to look there, thousands of loads would queue up at the lines that peers write to.  A barrier must
+// follow.  counts: as for receiveHeaders.
 __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, const Call& call,
                                                   const Opening& opening, const Lists& lists, bool mayStall,
                                                   bool counts) {
@@ -118,8 +119,8 @@ __device__ __forceinline__ Progress gatherHeaders(const LatencyDispatchArgs& a, 
                         });
 }
 
-// The picks of all ranks' nTokens tokens, as far as this thread looks at them.  By whole warps.  The next ones are asked for before
-// these are marked.
+// The picks of all ranks' nTokens tokens, as far as this thread looks at them.  By whole warps.  The next ones are
+// asked for before these are marked.
 __device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, const Call& call, unsigned buffer,
                                                 int nTokens, const Lists& lists, bool mayStall) {
   constexpr int kAsking = 4; // lanes
@@ -165,8 +166,8 @@ __device__ __forceinline__ Progress gatherPicks(const LatencyDispatchArgs& a, co
   return Progress::done;
 }
 
-// Whether every rank's buffer holds what it receives; in EXPERT_MAJOR also the sizes of the groups, as offsets.  By a whole block, the
-// same answer in all threads; but for EXPERT_PADDED a barrier is on the way.
+// Whether every rank's buffer holds what it receives; in EXPERT_MAJOR also the sizes of the groups, as offsets.  By a
+// whole block, the same answer in all threads; but for EXPERT_PADDED a barrier is on the way.
 __device__ __forceinline__ bool fits(const LatencyDispatchArgs& a, unsigned buffer, const Lists& lists) {
   const LatencyView& v = a.view;
   if (v.kind == ncclMoeLayoutExpertPadded) return true;
@@ -264,8 +265,8 @@ __device__ __forceinline__ void addOffsets(const LatencyView& v, const Lists& li
   __syncthreads();
 }
 
-// Tells the caller the counts, and later calls of the routing what they need.  By one block.  reported: of the call before;
-// nRows: in shared memory, 0.
+// Tells the caller the counts, and later calls of the routing what they need.  By one block.  reported: of the call
+// before; nRows: in shared memory, 0.
 __device__ __forceinline__ void publish(const LatencyDispatchArgs& a, const Call& call, const Lists& lists,
                                         int nArrivals, bool go, bool reported, int* nRows) {
   const LatencyView& v = a.view;

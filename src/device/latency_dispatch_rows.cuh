@@ -5,8 +5,8 @@
 
 namespace moe {
 
-// A unit of a token of any rank on its way to a warp of this rank.  Its picks and the first packets that the warp waits for have been
-// asked for when it is made; they may not have come by then.
+// A unit of a token of any rank on its way to a warp of this rank.  Its picks and the first packets that the warp waits
+// for have been asked for when it is made; they may not have come by then.
 template <bool kCast> struct Arrival {
   static constexpr int kCount = kCast ? 3 : 2;
   int item = -1, unit = 0, source = 0, t = 0;

@@ -70,8 +70,8 @@ __device__ __forceinline__ uint32_t homeOf(const LatencyDispatchArgs& a, unsigne
   return expert >= 0 && expert < v.comm.nExperts ? v.comm.homes[expert] : kNowhere;
 }
 
-// Takes repeated selections out.  Bit k of the result: selection k is the token's first at a rank that takes part.  Each lane looks at
-// those before its own: __match_any_sync takes 0.2 us where all lanes differ.
+// Takes repeated selections out.  Bit k of the result: selection k is the token's first at a rank that takes part.
+// Each lane looks at those before its own: __match_any_sync takes 0.2 us where all lanes differ.
 __device__ __forceinline__ unsigned leadersOf(uint32_t* home, int k, unsigned long long masked) {
   constexpr int kAtATime = 8;
   const int lane = threadIdx.x & 31;

@@ -2,16 +2,17 @@
 //
 // Peers write (p: parity of the routing's call, s: the source rank):
 //   headers[p][s]            one packet: tokens of s, signature of its call, capacity of its receive buffer, tag
-//   picks[b][s][t]           packets of 8 picks of 12 bits and a tag: where the experts of token t are, in the order (rank, local
-//                            expert); b alternates with the dispatches that choose experts anew, so that the last choice stays
+//   picks[b][s][t]           packets of 8 picks of 12 bits and a tag: where the experts of token t are, in the order
+//                            (rank, local expert); b alternates with the dispatches that choose experts anew, so that
+//                            the last choice stays
 //   literals[p][plane][t][u] tag: "unit u of this record may hold kEmpty as data"; hardly ever written
-//   records[p][plane][t]     one row.  Dispatch: plane = source rank, t = its token.  Combine: t = this rank's token, plane = the rank
-//                            that sends its sum, or with EXACT the selection.
-// A record is [segments][64] packets of the row, then two extra packets a segment (scales of the cast, or EXACT's weight), then the
-// auxiliary packets (the caller's scales, then weights, or weight gradients).  The work on a record is divided into units: 0 the
-// auxiliary packets, 1 + n segment n.
-// Only this rank uses map[s][t][k] (the row of selection k of token t of s in the caller's tensors, -1 if it is not here), claims
-// (who sends what) and the state.
+//   records[p][plane][t]     one row.  Dispatch: plane = source rank, t = its token.  Combine: t = this rank's token,
+//                            plane = the rank that sends its sum, or with EXACT the selection.
+// A record is [segments][64] packets of the row, then two extra packets a segment (scales of the cast, or EXACT's
+// weight), then the auxiliary packets (the caller's scales, then weights, or weight gradients).  The work on a record
+// is divided into units: 0 the auxiliary packets, 1 + n segment n.
+// Only this rank uses map[s][t][k] (the row of selection k of token t of s in the caller's tensors, -1 if it is not
+// here), claims (who sends what) and the state.
 #pragma once
 
 #include "device/layout.h"
@@ -28,7 +29,8 @@ static_assert(kMaxLatencyExperts < kNoPick, "picks");
 constexpr int kMaxLatencyBlocks = 256;
 constexpr int kMaxLatencyWarps = 32; // of a block
 
-// Calls are counted by what the blocks of a grid add up to once they have read the count: 1 each, and block 0 what is missing to this.
+// Calls are counted by what the blocks of a grid add up to once they have read the count: 1 each, and block 0 what is
+// missing to this.
 constexpr int kTicketBits = 20;
 
 // The tag of a call: n % (2^32 - 1) + 1, so never 0, which headers and picks hold that were never stored.

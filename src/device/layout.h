@@ -2,15 +2,17 @@
 //
 // A rank's communicator window (peers write into it):
 //   Control           counters and sticky failure of this rank; only its own kernels use it
-//   mailbox[2][R]     what each rank says at the start of a dispatch, by parity of the epoch: packets of 16 bytes whose last word is
-//                     the epoch.  Two of the rank's receive buffer (route.cu), then its nExperts + R counts, three in a packet
+//   mailbox[2][R]     what each rank says at the start of a dispatch, by parity of the epoch: packets of 16 bytes whose
+//                     last word is the epoch.  Two of the rank's receive buffer (route.cu), then its nExperts + R
+//                     counts, three in a packet
 //   ready[R]          "rank r has begun the call of this epoch" for calls that exchange no message
 //   meeting[R]        how far rank r is in ncclMoeCommMaskRanks
 //   rowFlags[R][T][4] epoch in which each piece of row i of source rank r arrived (RowPieces)
-//   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them; an EXACT combine's weights
+//   scales[R][T][..]  scale bytes of arriving rows, on their way to where recvScales wants them; an EXACT
+//                     combine's weights
 //   grads[R][T][K]    weight gradients of arriving rows (combine)
-//   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums.  An EXACT
-//                     combine takes it as [tokens][K], for as many tokens at a time as fit: one at least
+//   rows[R-1][T][..]  arriving rows: dispatch's where recvX cannot be reached by peers, and combine's partial sums.  An
+//                     EXACT combine takes it as [tokens][K], for as many tokens at a time as fit: one at least
 // A routing's window (peers write map, weights and tokens):
 //   map[R][T][K]      for row i of source rank r and each of its token's selections: the slot here (expert layouts) or
 //                     the local expert id (RANK_MAJOR); -1: that selection is not here
@@ -91,8 +93,9 @@ struct CommShared {
 // for mailboxes go by parity.
 MOE_HD uint32_t nextEpoch(uint32_t epoch) { return epoch == UINT32_MAX ? 2 : epoch + 1; }
 
-// Rows are sent, and their arrival is told, in up to kMaxPieces pieces of nVec vectors of 16 bytes; the last may be shorter, or empty.
-// Pieces begin at multiples of 32 vectors, so that a warp's accesses stay aligned and blocks of scales whole.
+// Rows are sent, and their arrival is told, in up to kMaxPieces pieces of nVec vectors of 16 bytes; the last may be
+// shorter, or empty. Pieces begin at multiples of 32 vectors, so that a warp's accesses stay aligned and blocks of
+// scales whole.
 constexpr int kMaxPieces = 4;
 struct RowPieces {
   int n, nVec;
@@ -109,8 +112,8 @@ constexpr int kMessageHeaders = 2; // packets
 constexpr int kCountsPerPacket = 3;
 MOE_HD int countPackets(int nColumns) { return (nColumns + kCountsPerPacket - 1) / kCountsPerPacket; }
 
-// One selection of a token: position of its expert in the order (rank, local expert), -1 for none, the expert's rank, and
-// how many earlier tokens of the chunk chose that expert, and that rank.
+// One selection of a token: position of its expert in the order (rank, local expert), -1 for none, the expert's rank,
+// and how many earlier tokens of the chunk chose that expert, and that rank.
 struct Selection {
   int16_t position;
   int16_t rank;
@@ -118,8 +121,8 @@ struct Selection {
   uint16_t inRank;
 };
 
-// Bytes of scales that a row has room for: the fused cast makes 4 per 128 elements of two bytes; a caller's scales may take as much
-// as fits.
+// Bytes of scales that a row has room for: the fused cast makes 4 per 128 elements of two bytes; a caller's scales may
+// take as much as fits.
 inline size_t scaleRoom(size_t maxRowBytes) {
   return std::min<size_t>(std::max<size_t>(maxRowBytes / 16, 256), WireRow::kMaxScaleBytes);
 }

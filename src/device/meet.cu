@@ -1,8 +1,8 @@
 // A meeting of the ranks that are not masked, for ncclMoeCommMaskRanks.
 //
-// Thread r stores the meeting's value into meeting[this rank] of rank r (release, system scope) and waits until rank r has
-// stored one at least as large here (acquire).  Kernels of this rank that ran before have ended, so that whoever has met this
-// rank finds all of their stores done.  A wait is bounded by the communicator's timeout.
+// Thread r stores the meeting's value into meeting[this rank] of rank r (release, system scope) and waits until rank r
+// has stored one at least as large here (acquire).  Kernels of this rank that ran before have ended, so that whoever
+// has met this rank finds all of their stores done.  A wait is bounded by the communicator's timeout.
 #include "device/latency.h"
 #include "device/primitives.cuh"
 

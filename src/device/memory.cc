@@ -6,8 +6,8 @@
 
 namespace moe {
 
-// Takes a released window where all ranks have released one that fits: the one of the lowest number, for ranks may release in
-// different orders.
+// Takes a released window where all ranks have released one that fits: the one of the lowest number, for ranks may
+// release in different orders.
 ncclResult_t DeviceBackend::addWindow(size_t bytes, bool zeroed, int* number) {
   struct State {
     std::bitset<kMaxWindows> taken, spare;
@@ -55,8 +55,8 @@ ncclResult_t DeviceBackend::addWindow(size_t bytes, bool zeroed, int* number) {
   return ncclSuccess;
 }
 
-// CUDA frees memory only when every GPU of the process that reaches it is idle; one of them may be running a kernel of NCCL
-// that waits for this rank's next call.  So where ranks share a process, memory is kept and used again.
+// CUDA frees memory only when every GPU of the process that reaches it is idle; one of them may be running a kernel of
+// NCCL that waits for this rank's next call.  So where ranks share a process, memory is kept and used again.
 void DeviceBackend::releaseWindow(int number) {
   if (bootstrap_->stuck()) {
     (void)windows_[number].release();

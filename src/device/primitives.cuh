@@ -33,8 +33,8 @@ __device__ __forceinline__ uint64_t globalTimerNs() {
   return ns;
 }
 
-// In a build with DELAYS=1 one call in `oneIn` waits, for up to maxNs; otherwise nothing.  What the protocols do not order shall then come
-// in any order, and whoever helps a late one shall have to.  Lanes draw for themselves.
+// In a build with DELAYS=1 one call in `oneIn` waits, for up to maxNs; otherwise nothing.  What the protocols do not
+// order shall then come in any order, and whoever helps a late one shall have to.  Lanes draw for themselves.
 __device__ __forceinline__ void delaySometimes([[maybe_unused]] unsigned oneIn, [[maybe_unused]] unsigned maxNs) {
 #ifdef MOE_DELAYS
   unsigned x = static_cast<unsigned>(clock64()) ^ (blockIdx.x << 16) ^ (threadIdx.x * 0x9e3779b9u);
@@ -53,8 +53,8 @@ __device__ __forceinline__ uint4 loadOnce(const uint4* ptr) {
                : "l"(ptr));
   return v;
 }
-// A row of the caller's, not kept in L1.  Not through the read-only path (loadOnce): where kernels overlap, the one that writes the row may
-// still run when this one begins.
+// A row of the caller's, not kept in L1.  Not through the read-only path (loadOnce): where kernels overlap, the one
+// that writes the row may still run when this one begins.
 __device__ __forceinline__ uint4 loadInput(const uint4* ptr) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -63,7 +63,8 @@ __device__ __forceinline__ uint4 loadInput(const uint4* ptr) {
                : "memory");
   return v;
 }
-// A row's vector to this rank's memory or a peer's: the compiler, which does not know that it is global, would store generically.
+// A row's vector to this rank's memory or a peer's: the compiler, which does not know that it is global, would store
+// generically.
 __device__ __forceinline__ void storeVector(uint4* ptr, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
@@ -78,8 +79,8 @@ __device__ __forceinline__ uint4 loadArrived(const uint4* ptr) {
   return v;
 }
 
-// Sixteen bytes that are seen as a whole: PTX makes accesses by a b128 instruction single-copy atomic.  So a packet that has a tag
-// among its words says by itself whether it is there, without a flag or a fence.
+// Sixteen bytes that are seen as a whole: PTX makes accesses by a b128 instruction single-copy atomic.  So a packet
+// that has a tag among its words says by itself whether it is there, without a flag or a fence.
 __device__ __forceinline__ void storePacket(uint4* to, const uint4& v) {
   delaySometimes(1024, 20000);
   const unsigned long long lo = static_cast<unsigned long long>(v.y) << 32 | v.x;
@@ -101,8 +102,8 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// A kernel that was launched to overlap with the one before it in its stream (launchKernel) waits here until that one has ended
-// and its stores are visible.
+// A kernel that was launched to overlap with the one before it in its stream (launchKernel) waits here until that one
+// has ended and its stores are visible.
 __device__ __forceinline__ void awaitKernelBefore() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -130,9 +131,10 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
   f->code = code;
 }
 
-// Whether it is this SM's turn to look at the abort flag: each has one in 8 ms, so that few warps look at a time.  The flag lies in host
-// memory.  Were all the warps that wait to look there at once, the answers would take longer than most waits: a rank that waits for a
-// late one would be late itself, the other would wait for it in the same manner, and so on, call after call.
+// Whether it is this SM's turn to look at the abort flag: each has one in 8 ms, so that few warps look at a time.  The
+// flag lies in host memory.  Were all the warps that wait to look there at once, the answers would take longer than
+// most waits: a rank that waits for a late one would be late itself, the other would wait for it in the same manner,
+// and so on, call after call.
 __device__ __forceinline__ bool abortIsDue() {
   constexpr unsigned kTurnBits =
     16; // a turn is 66 us: few waits that look every 32 polls miss it, and have another in 8 ms
@@ -174,7 +176,8 @@ __device__ __forceinline__ void storeIndexOutcome(volatile RoutingOutcome* o, in
   o->code = code;
 }
 
-// Adds the time since start to what this rank has waited for the peer to begin a call.  By one of the threads that wait for that.
+// Adds the time since start to what this rank has waited for the peer to begin a call.  By one of the threads that wait
+// for that.
 __device__ __forceinline__ void countWait(const CommView& c, int peer, uint64_t start) {
   atomicAdd(&c.shared->waitNs[peer], static_cast<unsigned long long>(globalTimerNs() - start));
 }
@@ -193,8 +196,9 @@ __device__ __forceinline__ bool lastBlock(Control* ctl) {
   return last;
 }
 
-// Items of a counter, one after the other, for a whole warp: taken ahead, so that the counter's latency passes meanwhile, but
-// for the last ones, which another warp may have time for.  The first is one of those that firstItems took for the block.
+// Items of a counter, one after the other, for a whole warp: taken ahead, so that the counter's latency passes
+// meanwhile, but for the last ones, which another warp may have time for.  The first is one of those that firstItems
+// took for the block.
 class Items {
  public:
   __device__ __forceinline__ Items(uint32_t* counter, uint32_t first)
@@ -213,8 +217,8 @@ class Items {
   uint32_t ahead_; // lane 0 has it
   bool isAhead_ = true;
 };
-// An item for each of a block's warps, by one thread: were all warps of a grid to go to the counter at once, the last would wait for
-// microseconds.
+// An item for each of a block's warps, by one thread: were all warps of a grid to go to the counter at once, the last
+// would wait for microseconds.
 __device__ __forceinline__ uint32_t firstItems(uint32_t* counter, int nWarps) {
   return atomicAdd(counter, static_cast<uint32_t>(nWarps));
 }
@@ -224,8 +228,9 @@ struct Span {
   int piece, nPieces, begin, end;
 };
 
-// Items of work on n rows by a grid.  The first rows are whole items.  The last ones, one for each warp, are divided into their pieces,
-// so that all warps end at about the same time; few rows are all divided.  It lies in shared memory, where it costs no registers.
+// Items of work on n rows by a grid.  The first rows are whole items.  The last ones, one for each warp, are divided
+// into their pieces, so that all warps end at about the same time; few rows are all divided.  It lies in shared memory,
+// where it costs no registers.
 class RowWork {
  public:
   // By one thread.

@@ -1,15 +1,16 @@
 // The push kernel: second half of a dispatch.  Every row crosses once per destination rank, straight to its final slot.
 //
 // Protocol.  The route kernel has exchanged counts, so every slot is known and every peer's memory may be written.
-// Warps take tokens, or pieces of their rows (RowWork), from a counter.  For each destination rank a warp stores the row (into the
-// first of its slots if peers reach recvX, otherwise into the communicator window), with the first piece the map, weights and the
-// caller's scales, and then posts the flags of the pieces, the epoch, which leave with release at system scope (flag_queue.cuh).
-// Between tokens a warp takes rows to deliver from a second counter: it checks the flags (acquire), for a piece of an expert
-// layout's row also the first piece's, behind which the map has come, and, once they are the epoch,
-// copies the row to its further slots and the small tensors to the caller's. Warps block on a flag only when all tokens have been
-// taken, and a warp that has taken a token never blocks before it has pushed it: so one resident block per rank is enough to
-// finish, whatever else occupies the SMs, and no cooperative launch is needed.  Waits are bounded by the communicator's timeout
-// and abort.  Blocks may come while the route kernel still runs; until that has ended they touch the counters of items only.
+// Warps take tokens, or pieces of their rows (RowWork), from a counter.  For each destination rank a warp stores the
+// row (into the first of its slots if peers reach recvX, otherwise into the communicator window), with the first piece
+// the map, weights and the caller's scales, and then posts the flags of the pieces, the epoch, which leave with release
+// at system scope (flag_queue.cuh). Between tokens a warp takes rows to deliver from a second counter: it checks the
+// flags (acquire), for a piece of an expert layout's row also the first piece's, behind which the map has come, and,
+// once they are the epoch, copies the row to its further slots and the small tensors to the caller's. Warps block on a
+// flag only when all tokens have been taken, and a warp that has taken a token never blocks before it has pushed it: so
+// one resident block per rank is enough to finish, whatever else occupies the SMs, and no cooperative launch is needed.
+// Waits are bounded by the communicator's timeout and abort.  Blocks may come while the route kernel still runs; until
+// that has ended they touch the counters of items only.
 #include "device/cast.cuh"
 #include "device/flag_queue.cuh"
 #include "device/token.cuh"
@@ -119,15 +120,16 @@ __device__ __forceinline__ void deliverScales(const PushArgs& a, const char* fro
     to[w * a.rows + slot] = reinterpret_cast<const uint32_t*>(from)[w];
 }
 
-// Where the scales end that come with a row's vectors before v: the cast makes them piece by piece, the caller's come with the first.
+// Where the scales end that come with a row's vectors before v: the cast makes them piece by piece, the caller's come
+// with the first.
 __device__ __forceinline__ int scalesUpTo(const PushArgs& a, int v) {
   if (v == 0) return 0;
   if (a.quant == ncclMoeQuantNone || v == a.wireBytes / 16) return a.scaleBytes;
   return v / 8 * (a.quant == ncclMoeQuantFp8Ue8m0 ? 1 : 4);
 }
 
-// What is left to do with part of a row that has arrived, or (own) that this rank has put into all of its slots itself.  Lane k has
-// selection k's entry in the map and its weight.
+// What is left to do with part of a row that has arrived, or (own) that this rank has put into all of its slots itself.
+// Lane k has selection k's entry in the map and its weight.
 __device__ __forceinline__ void deliver(const PushArgs& a, WarpScratch& scratch, int source, int row, int entry,
                                         float weight, const Span& span) {
   const CommView& c = a.comm;

@@ -1,15 +1,16 @@
 // The route kernel: first half of a dispatch.  It counts this rank's rows per expert and per rank, tells every peer the
 // counts and where rows shall go, and works out every slot.
 //
-// Protocol.  Each block counts some chunks of tokens.  The last block to finish adds the chunks up and stores, into mailbox[epoch
-// parity][this rank] of every peer, packets that carry the epoch: where its rows shall go, and its counts.  While they travel it
-// makes prefix sums over the chunks.  Then it polls the packets of all peers themselves, with neither flags nor fences (bounded by
-// the communicator's timeout and abort), and computes from the counts what the push kernel needs.  Only that one block waits, so a
-// late peer costs one SM.
-//   A peer's packets of epoch n say that the peer has begun call n, so that all of its earlier calls have ended: rows may now be
-// written into its memory.  (Their loads are relaxed: this rests on the kernels' boundaries, at which a kernel's accesses to its own
-// memory have been performed, and on the boundary behind this kernel.)  The other parity may not: a peer that has sent epoch n+1
-// may do so while this rank still reads epoch n.  Epoch n+2 cannot come before this rank has sent n+1, after it has read n.
+// Protocol.  Each block counts some chunks of tokens.  The last block to finish adds the chunks up and stores, into
+// mailbox[epoch parity][this rank] of every peer, packets that carry the epoch: where its rows shall go, and its
+// counts.  While they travel it makes prefix sums over the chunks.  Then it polls the packets of all peers themselves,
+// with neither flags nor fences (bounded by the communicator's timeout and abort), and computes from the counts what
+// the push kernel needs.  Only that one block waits, so a late peer costs one SM.
+//   A peer's packets of epoch n say that the peer has begun call n, so that all of its earlier calls have ended: rows
+// may now be written into its memory.  (Their loads are relaxed: this rests on the kernels' boundaries, at which a
+// kernel's accesses to its own memory have been performed, and on the boundary behind this kernel.)  The other parity
+// may not: a peer that has sent epoch n+1 may do so while this rank still reads epoch n.  Epoch n+2 cannot come before
+// this rank has sent n+1, after it has read n.
 #include <algorithm>
 
 #include "device/primitives.cuh"
@@ -205,8 +206,8 @@ __device__ __forceinline__ bool awaitPacket(const RouteArgs& a, uint32_t epoch, 
   });
 }
 
-// The ranks' receive buffers, and how long this rank waited for each.  By threads from the last one down, for the first ones wait
-// for counts meanwhile.
+// The ranks' receive buffers, and how long this rank waited for each.  By threads from the last one down, for the first
+// ones wait for counts meanwhile.
 __device__ bool receiveHeaders(const RouteArgs& a, uint32_t epoch, long long* capacity) {
   const CommView& c = a.comm;
   RoutingLayout::PerRank* perRank = a.routing.perRank();

@@ -1,8 +1,8 @@
 // Copies of rows by a warp, on their way through a ring in shared memory.
 //
-// Registers hold too few bytes to hide the memory's latency on a few SMs.  So each lane copies its vectors into places of its own
-// by cp.async, several pieces ahead of the one that it stores (or adds, row_sum.cuh); no lane touches another's places, so waiting
-// for its own copies is all the synchronisation there is.
+// Registers hold too few bytes to hide the memory's latency on a few SMs.  So each lane copies its vectors into places
+// of its own by cp.async, several pieces ahead of the one that it stores (or adds, row_sum.cuh); no lane touches
+// another's places, so waiting for its own copies is all the synchronisation there is.
 #pragma once
 
 #include "device/primitives.cuh"

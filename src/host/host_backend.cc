@@ -178,8 +178,8 @@ ncclResult_t HostBackend::run(std::unique_ptr<Op> op) {
   return report(outcome);
 }
 
-// Puts a SEND_ONLY call in the queue and moves it as far as it goes without waiting.  One that this rank refuses has no second half
-// in which peers could hear of it, so it is run like a whole one.
+// Puts a SEND_ONLY call in the queue and moves it as far as it goes without waiting.  One that this rank refuses has no
+// second half in which peers could hear of it, so it is run like a whole one.
 ncclResult_t HostBackend::launch(std::unique_ptr<Op> op, HostRouting& routing) {
   routing.pending = 0;
   if (op->refused()) return run(std::move(op));

@@ -105,8 +105,8 @@ class Connection {
                            Request** request) = 0;
   // As put (bytes may be 0), then stores value at signalOffset (a multiple of 8) of the signal region, which must be
   // registered with strictOrder.  The value is visible only after the data of this and of all earlier puts on this
-  // connection, as far as data and signal are both in the memory of one device (the host's, or one GPU's): PCIe does not
-  // order writes to two of them.
+  // connection, as far as data and signal are both in the memory of one device (the host's, or one GPU's): PCIe does
+  // not order writes to two of them.
   virtual ncclResult_t putSignal(const void* data, size_t bytes, Region* region, const RemoteRegion& remote,
                                  uint64_t offset, const RemoteRegion& signal, uint64_t signalOffset, uint64_t value,
                                  Request** request) = 0;

@@ -183,8 +183,8 @@ void tuneSocket(int fd) {
 }
 
 bool peerSilent(int fd) {
-  // TCP_USER_TIMEOUT would also end connections to a peer that is alive and does not read for so long.  That one answers
-  // the probes of its closed window; and since idle sockets are probed too, its last answer is never old.
+  // TCP_USER_TIMEOUT would also end connections to a peer that is alive and does not read for so long.  That one
+  // answers the probes of its closed window; and since idle sockets are probed too, its last answer is never old.
   tcp_info info = {};
   socklen_t size = sizeof(info);
   if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return false;

@@ -396,7 +396,8 @@ ncclResult_t TcpConnection::test(Request* request, bool* done, size_t* bytes) {
       return ncclSuccess;
     }
     MOECHECK(check());
-    // The peer may have got everything and closed before the poller has come to say so: it has, once it knows of the end.
+    // The peer may have got everything and closed before the poller has come to say so: it has, once it knows of the
+    // end.
     const bool final = r->queued != 0 || shared_->openSockets.load(std::memory_order_acquire) == 0;
     MOECHECK(readStream());
     if (!peerClosed_ || (r->queued == 0 && r->remaining.load(std::memory_order_acquire) == 0)) return ncclSuccess;

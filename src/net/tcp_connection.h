@@ -8,8 +8,8 @@
 // sender stops when `window` small messages are not consumed, which bounds what the receiver must keep.  A big message
 // needs a grant, which the receiver sends when a big receive is posted, so that it usually is there before the send.
 // NCCL posts big receives for small messages too: after some grants in vain the receiver keeps them back, until a big
-// message has come.  Where there is no grant, isend finds no room, and the sender says `want`: at once if it has sent so
-// many small messages that the receiver may have stopped, otherwise after a moment (the receive may be a small one).
+// message has come.  Where there is no grant, isend finds no room, and the sender says `want`: at once if it has sent
+// so many small messages that the receiver may have stopped, otherwise after a moment (the receive may be a small one).
 // Puts and signals need no such thing: stream order makes a signal visible after the data of all earlier puts.
 #pragma once
 

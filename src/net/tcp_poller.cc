@@ -114,7 +114,8 @@ bool DataSocket::receiveHeader() {
     broken("the peer sent a chunk for a receive that is not there");
     return false;
   }
-  // A peer whose chunks overlap, or which sends the message twice, would write into a buffer that is no longer the receive's.
+  // A peer whose chunks overlap, or which sends the message twice, would write into a buffer that is no longer the
+  // receive's.
   uint64_t total = 0, claimed = slot_->claimed.load();
   bool fits = slot_->total.compare_exchange_strong(total, in_.total) || total == in_.total;
   do {

@@ -9,9 +9,9 @@
 //   records[slot][member]  the sender, into the receiver's memory: the size of a message too long for the immediate
 //                          value, on the queue pair of its first piece and ahead of that piece's immediate;
 //   immediate value        slot, member, and the size, or, of a striped message, which piece of how many this is.
-// A message is complete when the immediates of all its pieces have been polled; an immediate is delivered after the data
-// of its queue pair.  Receives are posted ahead for every immediate that may come, so that receiver-not-ready never
-// happens.  A slot is used again only after its group has been completed and taken back, which bounds everything.
+// A message is complete when the immediates of all its pieces have been polled; an immediate is delivered after the
+// data of its queue pair.  Receives are posted ahead for every immediate that may come, so that receiver-not-ready
+// never happens.  A slot is used again only after its group has been completed and taken back, which bounds everything.
 //
 // One-sided: all puts and signals go through one queue pair, whose writes are carried out in order, except under
 // adaptive routing, where a signal comes behind a READ and with a fence, at the price of a round trip; memory that is

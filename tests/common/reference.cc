@@ -469,8 +469,8 @@ std::string compareCombine(const Reference& reference, const CombineProblem& c, 
   const double typeError = std::ldexp(1.0, -f.mantissaBits - 1);
   const double typeTiny = std::ldexp(1.0, f.minExponent - f.mantissaBits);
   const double floatError = std::ldexp(1.0, -24) * (2 * p.topK + 2);
-  // A cast sum is off by half a unit of e4m3 in its own magnitude, or of the smallest number of its block; of that the magnitude is
-  // at most this.
+  // A cast sum is off by half a unit of e4m3 in its own magnitude, or of the smallest number of its block; of that the
+  // magnitude is at most this.
   const auto blockMagnitude = [&](int t, size_t i) {
     double most = 0;
     const size_t first = i / NCCL_MOE_SCALE_BLOCK * NCCL_MOE_SCALE_BLOCK;

@@ -316,8 +316,8 @@ CASE("connect.closed_unaccepted", 2, 90, [](Rank& r) {
 });
 
 CASE("connect.churn", 2, 120, [](Rank& r) {
-  // Up and down 1000 times, or where that is slow as often as 20 s allow and at least 100 times; descriptors and threads
-  // do not grow.
+  // Up and down 1000 times, or where that is slow as often as 20 s allow and at least 100 times; descriptors and
+  // threads do not grow.
   const int least = r.count(100), most = r.count(1000);
   r.start();
   int fds = 0, tasks = 0;

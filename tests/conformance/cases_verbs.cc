@@ -121,8 +121,9 @@ Outcome faulted(Rank& r, const Fake& f, int victim, const std::string& rule) {
   return out;
 }
 
-// What a fault has to come to.  Nothing without it; where a verb fails that a rank calls, that rank gets a system error, and
-// the other one nothing or an error that blames the peer.  Where ports are merged, a connection outlives the failure of one.
+// What a fault has to come to.  Nothing without it; where a verb fails that a rank calls, that rank gets a system
+// error, and the other one nothing or an error that blames the peer.  Where ports are merged, a connection outlives the
+// failure of one.
 void expectOutcome(Rank& r, const Outcome& out, const std::string& what, bool survivable) {
   bool merged = !r.options->merge.empty();
   if (!out.fired || (survivable && merged && !out.any())) {
@@ -264,8 +265,8 @@ ncclResult_t stream(Rank& r, void* comm, const std::function<void(int)>& before)
   return result;
 }
 
-// On one of the devices of rank 0 something happens before its fourth message.  With that device alone both sides get an
-// error; ports that are merged carry on with all messages, if one of them can make up for it.
+// On one of the devices of rank 0 something happens before its fourth message.  With that device alone both sides get
+// an error; ports that are merged carry on with all messages, if one of them can make up for it.
 void deviceFails(Rank& r, const Fake& f, const char* what, ncclResult_t there, bool survivable = true) {
   require(f.inject("clear") == 0, "clear");
   void* comm = r.rank == 0 ? connectTo(r, 1) : acceptFrom(r, 0);

@@ -1,12 +1,14 @@
 // net_conformance: loads a net plugin and sees whether it does what NCCL counts on.
 //
-//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--merge N,N] [--only GLOB] [--except GLOB] [--list] [--json FILE]
-//                   [--big | --quick] [--seed N] [--scale X] [--bound SECONDS] [--verbose]
+//   net_conformance [--plugin FILE.so] [--version 8..12] [--dev N[,N]] [--merge N,N] [--only GLOB]
+//                   [--except GLOB] [--list] [--json FILE] [--big | --quick]
+//                   [--seed N] [--scale X] [--bound SECONDS] [--verbose]
 //
-// --dev 0,1: even ranks use device 0, odd ones device 1.  --merge 0,1: all use these two as one (makeVDevice).  One line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except
-// may come several times.  --big adds messages of gigabytes,
-// --quick makes the long cases short (for an emulated machine).  --scale stretches time limits for slow machines; --bound is the time within which the plugin
-// has to report a dead peer.
+// --dev 0,1: even ranks use device 0, odd ones device 1.  --merge 0,1: all use these two as one (makeVDevice).  One
+// line a case, and at the end "N passed, N failed, N skipped"; exit status 1 if any failed.  --only and --except may
+// come several times.  --big adds messages of gigabytes, --quick makes the long cases short (for an emulated machine).
+// --scale stretches time limits for slow machines; --bound is the time within which the plugin has to report a dead
+// peer.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -13,8 +13,8 @@
 //   FAKEVERBS_REORDER  1: queue pairs overtake one another at random      FAKEVERBS_SEED  for these two (1)
 //   FAKEVERBS_ADAPTIVE 1: as on a network with adaptive routing, a later write may be in memory before the data of an
 //                      earlier one of its queue pair; all else still comes after them
-//   FAKEVERBS_DMABUF   1: registers dma-bufs, for which memfds do (read anew with each call).  What is written there stays
-//                      in the device until something there is read through it, as may be with the memory of a GPU
+//   FAKEVERBS_DMABUF   1: registers dma-bufs, for which memfds do (read anew with each call).  What is written there
+//                      stays in the device until something there is read through it, as may be with the memory of a GPU
 //   FAKEVERBS_FAULTS   scripted faults: faults.cc                          FAKEVERBS_REPORT  file: see report()
 #pragma once
 
@@ -254,8 +254,8 @@ void engineForget(); // in the child of a fork
 
 Mr* findMr(uint32_t key, bool remote);
 bool inMr(const Mr* mr, const ibv_pd* pd, uint64_t addr, uint64_t length, unsigned access);
-// Copies as a device does: upwards in aligned 8-byte words, so that whoever watches a word at the end of what is written
-// finds the rest there too; and behind the back of the thread sanitizer, which knows nothing of devices.
+// Copies as a device does: upwards in aligned 8-byte words, so that whoever watches a word at the end of what is
+// written finds the rest there too; and behind the back of the thread sanitizer, which knows nothing of devices.
 void dmaCopy(char* to, const char* from, uint64_t length);
 
 // Copies between contiguous data and a scatter list from an offset in it; false if a key or range is bad.
@@ -281,8 +281,8 @@ int armCq(ibv_cq* cq, int solicitedOnly);
 int postSend(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad);
 int postRecv(ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad);
 
-// Faults.  faultAt returns the errno that this call of the named verb shall fail with, 0, or, at post_send, that the queue
-// pair stalls.
+// Faults.  faultAt returns the errno that this call of the named verb shall fail with, 0, or, at post_send, that the
+// queue pair stalls.
 constexpr int faultStall = -1;
 bool faultsParse(const char* script, std::string* error);
 bool faultsAny(); // without the lock

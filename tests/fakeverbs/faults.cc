@@ -4,8 +4,8 @@
 //   now[@DEVICE]=ACTION            at once, and
 //   clear                          forgets the rules so far: both for fakeverbsInject
 //
-// POINT is a verb without its prefix (create_qp, reg_mr, reg_dmabuf_mr, post_send, poll_cq, modify_qp, ...), or wc, wc.send, wc.recv:
-// the Nth completion.  ACTION is
+// POINT is a verb without its prefix (create_qp, reg_mr, reg_dmabuf_mr, post_send, poll_cq, modify_qp, ...), or wc,
+// wc.send, wc.recv: the Nth completion.  ACTION is
 //   ENOMEM, EINVAL, ... or a number   the verb fails with that errno (poll_cq: returns -1)
 //   status:NAME                       the completion gets that status (RETRY_EXC_ERR, ...), its queue pair fails
 //   event:NAME                        an asynchronous event (PORT_ERR, DEVICE_FATAL, QP_FATAL, GID_CHANGE, ...)

@@ -1,7 +1,7 @@
 // A peer that passed the handshake of a verbs connection and then writes what it likes: clear-to-send entries into the
 // sender's memory; immediate values and sizes of messages to the receiver; messages about failed paths over the socket.
-// Whatever comes, work requests name registered memory only, a message is not longer than what was sent or than its room,
-// and an error is the worst that happens.
+// Whatever comes, work requests name registered memory only, a message is not longer than what was sent or than its
+// room, and an error is the worst that happens.
 #include <arpa/inet.h>
 #include <fuzzer/FuzzedDataProvider.h>
 #include <sys/socket.h>

@@ -1,5 +1,5 @@
-// Untrusted bytes of handles, handshakes with what transports add, messages, chunks and notices of failed paths: what the
-// parsers accept must be as they promise.
+// Untrusted bytes of handles, handshakes with what transports add, messages, chunks and notices of failed paths: what
+// the parsers accept must be as they promise.
 #include <cstdlib>
 #include <cstring>
 

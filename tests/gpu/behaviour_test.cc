@@ -307,8 +307,8 @@ TEST(GpuBehaviour, DisagreementIsAnError) {
   EXPECT_EQ(wrong, "");
 }
 
-// Rank 0 has one SM: its blocks run one after the other, and the first does all the work.  The last ones start when rank 1 is in
-// its next call.
+// Rank 0 has one SM: its blocks run one after the other, and the first does all the work.  The last ones start when
+// rank 1 is in its next call.
 TEST(GpuBehaviour, BlocksThatStartLateFinish) {
   NEED_GPUS(2);
   constexpr int kOccupiedMs = 800;

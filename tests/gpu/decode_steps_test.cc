@@ -1,8 +1,8 @@
-// Latency mode, and graphs of throughput mode, without the host: thousands of decode steps, replayed from graphs or enqueued one
-// behind the other, that the GPUs make up and check by themselves.  MOE_TEST_ITERATIONS says how many.
+// Latency mode, and graphs of throughput mode, without the host: thousands of decode steps, replayed from graphs or
+// enqueued one behind the other, that the GPUs make up and check by themselves.  MOE_TEST_ITERATIONS says how many.
 //
-// This is also the stress test of what src/device/latency.cuh promises about packets: nothing but the calls themselves keeps
-// the ranks in step, delays come at random, and one packet in eight looks empty.
+// This is also the stress test of what src/device/latency.cuh promises about packets: nothing but the calls themselves
+// keeps the ranks in step, delays come at random, and one packet in eight looks empty.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -403,8 +403,8 @@ TEST(GpuDecodeSteps, BackToBackCalls) {
   }
 }
 
-// Hosts that sleep, kernels before a call, and kernels that keep most SMs, so that some blocks of a call start late, or all
-// of them: nothing but time changes.
+// Hosts that sleep, kernels before a call, and kernels that keep most SMs, so that some blocks of a call start late, or
+// all of them: nothing but time changes.
 TEST(GpuDecodeSteps, SlowRanks) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();

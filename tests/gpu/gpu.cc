@@ -260,7 +260,8 @@ std::vector<std::string> runGpuRanks(int nRanks, RanksAs as, int timeLimitMs, co
   options.nRanks = nRanks;
   options.ranksPerProcess = as == RanksAs::threads ? 0 : 1;
   options.timeLimitMs = timeLimitMs;
-  // Every rank of a GPU needs a hardware queue of its own, or one rank's kernel may wait behind another's that waits for it.
+  // Every rank of a GPU needs a hardware queue of its own, or one rank's kernel may wait behind another's that waits
+  // for it.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
   const auto meeting = std::make_shared<Meeting>(nRanks, timeLimitMs);
   return runRanks(options, [&](Rank& rank) { return body(rank.rank(), meeting); }).ranks;

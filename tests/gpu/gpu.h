@@ -148,8 +148,8 @@ template <class Case> std::string refusesCalls(GpuRank& rank, ncclMoeRouting_t r
   return "";
 }
 
-// Runs the ranks in fresh processes; the time limit makes a hang a failure.  runGpu returns all the failures, runGpuRanks
-// what each rank said.
+// Runs the ranks in fresh processes; the time limit makes a hang a failure.  runGpu returns all the failures,
+// runGpuRanks what each rank said.
 enum class RanksAs { threads, processes };
 using GpuBody = std::function<std::string(int rank, std::shared_ptr<Meeting> meeting)>;
 std::vector<std::string> runGpuRanks(int nRanks, RanksAs as, int timeLimitMs, const GpuBody& body);

@@ -1,5 +1,5 @@
-// Latency mode when things go wrong: ranks that do not come, ranks that disagree, buffers too small, indices out of range, and
-// what it cannot serve.
+// Latency mode when things go wrong: ranks that do not come, ranks that disagree, buffers too small, indices out of
+// range, and what it cannot serve.
 #include <gtest/gtest.h>
 #include <signal.h>
 
@@ -133,7 +133,8 @@ TEST(GpuLatencyErrors, RankThatStopsReplayingIsNamed) {
   EXPECT_EQ(wrong, "");
 }
 
-// As far as the host knows of them: it hears of the rows with hostCounts alone, and must not go by what it heard long ago.
+// As far as the host knows of them: it hears of the rows with hostCounts alone, and must not go by what it heard long
+// ago.
 TEST(GpuLatencyErrors, MissingRowsOfACombineAreRefused) {
   NEED_GPUS(1);
   DecodeShape shape;

@@ -195,7 +195,8 @@ TEST(GpuLatencyMode, GraphOfBothModes) {
   });
 }
 
-// A graph of calls on two streams that the caller forks and joins: each runs behind the one before it, on whichever stream.
+// A graph of calls on two streams that the caller forks and joins: each runs behind the one before it, on whichever
+// stream.
 TEST(GpuLatencyMode, GraphOfForkedStreams) {
   NEED_GPUS(1);
   constexpr int kRanks = 2, kReplays = 10;
@@ -270,8 +271,8 @@ TEST(GpuLatencyMode, GraphOfForkedStreams) {
   }
 }
 
-// Two routings of latency mode on two streams that the caller does not order, each call wanting all SMs.  Were they to run in
-// different orders on the ranks, each would wait for a peer that waits for the other.
+// Two routings of latency mode on two streams that the caller does not order, each call wanting all SMs.  Were they to
+// run in different orders on the ranks, each would wait for a peer that waits for the other.
 TEST(GpuLatencyMode, TwoRoutingsOnTwoStreams) {
   NEED_GPUS(1);
   constexpr int kRounds = 40;

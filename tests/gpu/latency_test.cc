@@ -135,8 +135,8 @@ TEST(GpuLatencyMode, PhasesInEveryOrder) {
   }
 }
 
-// A sending half ends though no other rank has called anything yet.  Between the halves the GPU is free: rank 0 fills its own
-// with another kernel, and the other ranks complete meanwhile.
+// A sending half ends though no other rank has called anything yet.  Between the halves the GPU is free: rank 0 fills
+// its own with another kernel, and the other ranks complete meanwhile.
 TEST(GpuLatencyMode, BetweenTheHalvesTheGpuIsFree) {
   NEED_GPUS(1);
   constexpr int kRanks = 2, kRoutings = 3, kOccupiedMs = 700;
@@ -190,8 +190,9 @@ TEST(GpuLatencyMode, BetweenTheHalvesTheGpuIsFree) {
   ASSERT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-// Rank 0 has one SM, where its blocks run one after the other: the first ones do what its peer needs, of a dispatch either by sending
-// alone or, where there are three blocks that do everything, by sending what the others would have sent.
+// Rank 0 has one SM, where its blocks run one after the other: the first ones do what its peer needs, of a dispatch
+// either by sending alone or, where there are three blocks that do everything, by sending what the others would have
+// sent.
 TEST(GpuLatencyMode, OneSmIsEnough) {
   NEED_GPUS(2);
   constexpr int kCalls = 3, kOccupiedMs = 800;

@@ -13,8 +13,8 @@ DecodeShape shapeOf(ncclMoeMode_t mode, ncclMoeLayout_t layout, ncclMoeQuant_t q
   DecodeShape s;
   s.nRanks = kRanks;
   s.nTokens = kTokens;
-  // Not a whole number of the blocks that share a scale, nor of a latency packet's segments.  In throughput mode rows of three
-  // pieces, the last of them shorter.
+  // Not a whole number of the blocks that share a scale, nor of a latency packet's segments.  In throughput mode rows
+  // of three pieces, the last of them shorter.
   s.hidden = mode == ncclMoeModeThroughput ? 2032 : 688;
   s.layout = layout;
   if (layout == ncclMoeLayoutExpertMajor) s.alignment = 8;

@@ -1,7 +1,7 @@
 // Ranks that are left out of latency mode's calls and come back.
 //
-// Processes, for ncclMoeCommMaskRanks waits until the process's device is idle, and then for the other ranks: ranks of one process
-// must not share a device there.
+// Processes, for ncclMoeCommMaskRanks waits until the process's device is idle, and then for the other ranks: ranks of
+// one process must not share a device there.
 #include <gtest/gtest.h>
 
 #include <signal.h>
@@ -267,8 +267,8 @@ TEST(GpuMask, OthersGoOnWithoutRankZeroAndThenWithIt) {
   othersGoOnWithout(0, ncclMoeLayoutExpertMajor, With::gradients);
 }
 
-// What needs every rank is refused while one is masked, and works when all are in again; and there are calls after which
-// ranks cannot be masked.
+// What needs every rank is refused while one is masked, and works when all are in again; and there are calls after
+// which ranks cannot be masked.
 TEST(GpuMask, WhatDoesNotGoWithMasksIsRefused) {
   NEED_GPUS(1);
   const uint64_t seed = testSeed();
@@ -395,8 +395,8 @@ TEST(GpuMask, ARankThatIsLeftInButDoesNotComeIsNamed) {
   EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-// Captured with all ranks in, a graph leaves out those that are masked when it is launched.  Each launch has other tokens and
-// selections.
+// Captured with all ranks in, a graph leaves out those that are masked when it is launched.  Each launch has other
+// tokens and selections.
 class GpuMaskLayouts : public testing::TestWithParam<ncclMoeLayout_t> {};
 
 TEST_P(GpuMaskLayouts, GraphsFollowTheMasks) {
@@ -459,7 +459,8 @@ INSTANTIATE_TEST_SUITE_P(Layouts, GpuMaskLayouts,
                          testing::Values(ncclMoeLayoutExpertMajor, ncclMoeLayoutExpertPadded, ncclMoeLayoutRankMajor),
                          [](const auto& info) { return std::string(kLayoutNames[info.param]); });
 
-// A rank that the others have left out is not dead but late: its dispatch, or its combine, sends to them while they go on.
+// A rank that the others have left out is not dead but late: its dispatch, or its combine, sends to them while they go
+// on.
 TEST(GpuMask, WhatALateRankSendsIsNotTakenForOthers) {
   NEED_GPUS(1);
   constexpr int kRounds = 4, kLateTimeoutMs = 1500, kCalls = 8;

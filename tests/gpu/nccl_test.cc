@@ -137,8 +137,8 @@ TEST(GpuNccl, SplitCommunicators) {
   EXPECT_EQ(wrong, "") << "with MOE_TEST_SEED=" << seed;
 }
 
-// NCCL's own collectives run beside ours on another stream, enqueued before ours on some ranks and behind them on others; and they go on
-// after a timeout of ours.
+// NCCL's own collectives run beside ours on another stream, enqueued before ours on some ranks and behind them on
+// others; and they go on after a timeout of ours.
 TEST(GpuNccl, BesideItsOwnCollectives) {
   NEED_GPUS(2);
   constexpr int kRounds = 10, kTimeoutMs = 2000;

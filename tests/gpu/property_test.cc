@@ -1,4 +1,5 @@
-// Random shapes through every layout, type and cast on GPUs, against the reference and against the host backend, to the bit.
+// Random shapes through every layout, type and cast on GPUs, against the reference and against the host backend, to the
+// bit.
 #include <gtest/gtest.h>
 
 #include "gpu/gpu.h"
@@ -177,8 +178,8 @@ World smallWorld(Random& random, int nRanks) {
   return world;
 }
 
-// Dispatches and combines of changing shapes, a new communicator for every hundred of them.  MOE_TEST_ITERATIONS says how many
-// dispatches, over the four numbers of ranks.
+// Dispatches and combines of changing shapes, a new communicator for every hundred of them.  MOE_TEST_ITERATIONS says
+// how many dispatches, over the four numbers of ranks.
 void manyIterations(ncclMoeMode_t mode, int nRanks) {
   NEED_GPUS(1);
   constexpr int kRoundsOfRouting = 2, kIterationsOfComm = 100;

@@ -181,8 +181,8 @@ TEST_P(Errors, InvalidSelectionsOnOneRank) {
   }
 }
 
-// A first half that one rank refuses, before the others have come: they hear of it from the second half, although that rank has
-// none.
+// A first half that one rank refuses, before the others have come: they hear of it from the second half, although that
+// rank has none.
 TEST_P(Errors, RefusedFirstHalf) {
   const int nRanks = 3;
   const World world = smallWorld(nRanks);

@@ -1,5 +1,5 @@
-// What was changed on the way to the other side is refused, the body of a handshake message included: it says into whose
-// memory RDMA writes go.
+// What was changed on the way to the other side is refused, the body of a handshake message included: it says into
+// whose memory RDMA writes go.
 #include "net/handshake.h"
 
 #include <gtest/gtest.h>

@@ -1,5 +1,5 @@
-// The proxy on real connections: two processes' halves in this one, each with its own proxy thread.  It is part of the verbs
-// tests too, so over TCP and over (fake) verbs.
+// The proxy on real connections: two processes' halves in this one, each with its own proxy thread.  It is part of the
+// verbs tests too, so over TCP and over (fake) verbs.
 #include "net/proxy_engine.h"
 
 #include <gtest/gtest.h>

@@ -1,5 +1,5 @@
-// A peer that passed the handshake but does not keep to the protocol: whatever it sends, only the receive's own buffer is written, and
-// only until the receive is done.
+// A peer that passed the handshake but does not keep to the protocol: whatever it sends, only the receive's own buffer
+// is written, and only until the receive is done.
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 #include <unistd.h>

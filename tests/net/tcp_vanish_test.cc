@@ -1,5 +1,5 @@
-// A peer whose machine vanishes says nothing: neither FIN nor RST comes.  The connection ends in bounded time all the same;
-// but one whose peer is alive and does not read goes on, however long that takes.
+// A peer whose machine vanishes says nothing: neither FIN nor RST comes.  The connection ends in bounded time all the
+// same; but one whose peer is alive and does not read goes on, however long that takes.
 #include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <sys/socket.h>

@@ -184,8 +184,8 @@ TEST(RowMath, CastsSumsAndAddsThem) {
   }
 }
 
-// What docs/performance.md says of sums that travel as FP8, or as BF16: the error's root mean square over the values', normally
-// distributed.
+// What docs/performance.md says of sums that travel as FP8, or as BF16: the error's root mean square over the values',
+// normally distributed.
 TEST(RowMath, ErrorOfTheCastIsAsDocumented) {
   constexpr int kHidden = 7168, kRows = 20;
   std::mt19937 random(13);

@@ -179,8 +179,8 @@ TEST_F(Failover, aLateEntryOfAWorkingPortOverwritesNoNewerOne) {
     return received > 2 || HasFailure();
   }));
   EXPECT_EQ(failovers, 2);
-  // Time enough for the stuck entry to be written again over another queue pair, for its slot to be taken by group 35, and
-  // for that one's entry to arrive.
+  // Time enough for the stuck entry to be written again over another queue pair, for its slot to be taken by group 35,
+  // and for that one's entry to arrive.
   for (int i = 0; i < 20000 && !HasFailure(); i++) {
     if (receives.size() < total) post();
     poll();

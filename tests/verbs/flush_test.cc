@@ -1,5 +1,5 @@
-// GPUDirect without a GPU: memory that is registered as a dma-buf, for which a memfd does, and flushes.  What the fake verbs
-// library writes there cannot be seen before a READ through the same device.
+// GPUDirect without a GPU: memory that is registered as a dma-buf, for which a memfd does, and flushes.  What the fake
+// verbs library writes there cannot be seen before a READ through the same device.
 #include <sys/mman.h>
 #include <unistd.h>
 

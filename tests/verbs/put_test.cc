@@ -126,8 +126,8 @@ TEST_F(Puts, manySignalsUnderWayArriveInOrder) {
   EXPECT_EQ(load(flags, 0), total);
 }
 
-// Both of the above where later writes may be in memory before earlier ones.  The fake and the parameter are set up once a
-// process, hence another one.
+// Both of the above where later writes may be in memory before earlier ones.  The fake and the parameter are set up
+// once a process, hence another one.
 TEST(PutsAdaptive, signalsComeAfterDataUnderAdaptiveRouting) {
   char self[4096] = "";
   ASSERT_GT(readlink("/proc/self/exe", self, sizeof(self) - 1), 0);
