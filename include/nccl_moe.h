@@ -204,7 +204,8 @@ ncclResult_t pncclMoeCommAbort(ncclMoeComm_t moe);
 /* *asyncError: ncclSuccess, or the first error that enqueued work met.  A timeout, a dead peer, an abort and ranks
  * whose arguments differ are final; a receive buffer that is too small and a bad expert id hold until the routing's
  * next dispatch, also one in a graph, so ask before that.  The sentence is in ncclMoeGetLastError(moe).  Local, does
- * not wait. Errors: ncclInvalidArgument. */
+ * not wait.
+ * Errors: ncclInvalidArgument. */
 ncclResult_t ncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncError);
 
@@ -220,10 +221,10 @@ ncclResult_t pncclMoeCommGetAsyncError(ncclMoeComm_t moe, ncclResult_t* asyncErr
  * halves that were sent are dropped.  What a masked rank's experts would have added to a token is left out of combine's
  * sums and counted (ncclMoeCommGetStats); its tokens are nobody's.  NCCL_MOE_EXACT is refused meanwhile.  Graphs of
  * latency mode's calls captured before may be launched again; those of throughput mode's would wait for the masked
- * ranks until their timeout. Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed
- * otherwise than by a timeout, or has combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for
- * others'), ncclRemoteError (a rank that is left in did not come: may be called again; the communicator was aborted),
- * ncclUnhandledCudaError. */
+ * ranks until their timeout.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (host backend; the communicator failed otherwise than by a timeout, or
+ * has combined with NCCL_MOE_EXACT in latency mode, whose late rows could be taken for others'), ncclRemoteError (a
+ * rank that is left in did not come: may be called again; the communicator was aborted), ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 ncclResult_t pncclMoeCommMaskRanks(ncclMoeComm_t moe, const int* masked, uint64_t generation);
 
@@ -259,8 +260,9 @@ const char* pncclMoeGetLastError(ncclMoeComm_t moe);
  * its content undefined.  Freed by ncclMoeMemFree (collective) or with the communicator.  Where ranks on GPUs are
  * threads of one process, freed memory (that of routings too) serves the communicator's later allocations and goes back
  * to CUDA with the communicator: cudaFree would wait for all GPUs of the process, and so possibly for a kernel that
- * waits for this rank. Errors: ncclInvalidArgument, ncclInvalidUsage (as of ncclMoeRoutingCreate), ncclRemoteError,
- * ncclUnhandledCudaError, ncclSystemError. */
+ * waits for this rank.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (as of ncclMoeRoutingCreate), ncclRemoteError, ncclUnhandledCudaError,
+ * ncclSystemError. */
 ncclResult_t ncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t pncclMoeMemAlloc(void** ptr, size_t bytes, ncclMoeComm_t moe);
 ncclResult_t ncclMoeMemFree(void* ptr, ncclMoeComm_t moe);
@@ -316,9 +318,10 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
 /* Waits for the routing's last dispatch (its counts, not its rows) and copies them to host memory: *nRows is N;
  * expertCounts, if not NULL, takes [L] rows per local expert without padding.  Local; needs hostCounts; not capturable.
  * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete. Returns that dispatch's error where it
- * failed, also when the receive buffer was too small (*nRows is then the size needed). Errors: ncclInvalidArgument,
- * ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was captured in a graph, whose counts
- * are in device memory alone; in latency mode it was SEND_ONLY and is not completed), ncclRemoteError. */
+ * failed, also when the receive buffer was too small (*nRows is then the size needed).
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
+ * captured in a graph, whose counts are in device memory alone; in latency mode it was SEND_ONLY and is not completed),
+ * ncclRemoteError. */
 ncclResult_t ncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 ncclResult_t pncclMoeRoutingGetCounts(ncclMoeRouting_t routing, ncclMoeComm_t moe, int64_t* nRows, int* expertCounts);
 
@@ -400,8 +403,8 @@ typedef struct ncclMoeDispatchArgs {
  * layout. Collective (hidden, type, quant, scaleBytes, flags and which of topkWeights and scales are given: the same on
  * every rank, which the host backend checks, naming what differs; nTokens, nTokensDev, capacities and numSms are each
  * rank's own); stream-ordered; may be captured in a CUDA graph, and what a replay reads from topkIdx and nTokensDev may
- * change.  With KEEP_ROUTING, nTokens and what nTokensDev holds must be the kept dispatch's. Errors:
- * ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
+ * change.  With KEEP_ROUTING, nTokens and what nTokensDev holds must be the kept dispatch's.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (also: receive capacity, from the host backend), ncclRemoteError,
  * ncclUnhandledCudaError. */
 ncclResult_t ncclMoeDispatch(const ncclMoeDispatchArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
                              cudaStream_t stream);
@@ -452,8 +455,8 @@ typedef struct ncclMoeCombineArgs {
  *            the wire.
  *   EXACT    the owner adds the (weighted) rows in the order of k and rounds once.  One row per selection crosses.
  * Collective (hidden, type, flags, quant, withGradWeights and whether weights are given: the same on every rank);
- * stream-ordered; may be captured.  Needs a dispatch of the same routing before it, and may be repeated. Errors:
- * ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError, ncclUnhandledCudaError. */
+ * stream-ordered; may be captured.  Needs a dispatch of the same routing before it, and may be repeated.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
                             cudaStream_t stream);
 ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t routing, ncclMoeComm_t moe,
@@ -463,8 +466,8 @@ ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t 
  * stores them in this half, throughput mode and the host backend may from the first one on: nothing may use them from
  * then on.  Between the two halves nothing runs on the device.  Collective; several routings may be in flight,
  * completed in the same order on every rank; stream-ordered, on any stream; both halves belong into one capture, or
- * neither into any. Errors: ncclInvalidArgument, ncclInvalidUsage (nothing to complete), ncclRemoteError,
- * ncclUnhandledCudaError. */
+ * neither into any.
+ * Errors: ncclInvalidArgument, ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 ncclResult_t pncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 

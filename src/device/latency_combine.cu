@@ -3,11 +3,11 @@
 // Send.  Items: 0 the headers; then for each row that the last dispatch brought, source by source and token by token,
 // its segments, and with weight gradients unit 0.  A warp adds up this rank's (weighted) rows of the token and stores
 // the sum into the owner's record of plane "this rank"; with EXACT it stores each row into the plane of its selection,
-// with its weight.  With the cast, sums travel as FP8, with the scales of a segment in its extra packets. Receive.  By
-// the last warps of each block from the start, and by the others when they have sent.  Items: 0 the headers of all
-// ranks; then for each own token its segments.  A warp waits for the packets of all planes that the token has, in
-// groups, adds them in the order of the planes and stores the sum where the caller wants it. See latency.cuh for
-// packets, waits and who sends.
+// with its weight.  With the cast, sums travel as FP8, with the scales of a segment in its extra packets.
+// Receive.  By the last warps of each block from the start, and by the others when they have sent.  Items: 0 the
+// headers of all ranks; then for each own token its segments.  A warp waits for the packets of all planes that the
+// token has, in groups, adds them in the order of the planes and stores the sum where the caller wants it.
+// See latency.cuh for packets, waits and who sends.
 #include "device/cast.cuh"
 #include "device/latency.cuh"
 #include "device/row_sum.cuh"

@@ -2,16 +2,17 @@
 //
 // Send.  Items: 0 the headers; then for each token its unit 0 (its picks to every rank, so that every rank can work out
 // every row's place; to the token's ranks the caller's scales and the weights), then for each token its segments.
-// Everything goes to fixed places, by source rank and token. Receive.  The last warp of a block waits for the headers;
-// then the block reads the picks of all tokens as they come, and marks and counts them in lists: one for each local
-// expert, and one of the tokens that have any here.  From those follows the place of every row, in the order (source,
-// token), by counting bits.  Then warps take (token, unit) items, wait for the packets and store them where the caller
-// wants them.  The last block tells the caller the counts, and mostly receives no rows. Who does what.  The first
-// blocks send and end, the others receive; where there are few blocks, or one half of a call, all do all that there is
-// to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores: blocks that did both saw
-// headers and picks only once all their rows had gone.  And few senders leave the picks, which go first, a free way.
-// Receiving blocks that have waited for long send what no sender has claimed. See latency.cuh for packets, waits and
-// who sends.
+// Everything goes to fixed places, by source rank and token.
+// Receive.  The last warp of a block waits for the headers; then the block reads the picks of all tokens as they come,
+// and marks and counts them in lists: one for each local expert, and one of the tokens that have any here.  From those
+// follows the place of every row, in the order (source, token), by counting bits.  Then warps take (token, unit) items,
+// wait for the packets and store them where the caller wants them.  The last block tells the caller the counts, and
+// mostly receives no rows.
+// Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call,
+// all do all that there is to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores:
+// blocks that did both saw headers and picks only once all their rows had gone.  And few senders leave the picks, which
+// go first, a free way. Receiving blocks that have waited for long send what no sender has claimed.
+// See latency.cuh for packets, waits and who sends.
 #include "device/latency_dispatch_rows.cuh"
 
 namespace moe {
