@@ -317,7 +317,7 @@ ncclResult_t pncclMoeRoutingDestroy(ncclMoeRouting_t routing, ncclMoeComm_t moe)
 
 /* Waits for the routing's last dispatch (its counts, not its rows) and copies them to host memory: *nRows is N;
  * expertCounts, if not NULL, takes [L] rows per local expert without padding.  Local; needs hostCounts; not capturable.
- * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete. Returns that dispatch's error where it
+ * In latency mode the counts of a SEND_ONLY dispatch come with ncclMoeComplete.  Returns that dispatch's error where it
  * failed, also when the receive buffer was too small (*nRows is then the size needed).
  * Errors: ncclInvalidArgument, ncclInvalidUsage (no dispatch yet; hostCounts not asked for; the last dispatch was
  * captured in a graph, whose counts are in device memory alone; in latency mode it was SEND_ONLY and is not completed),

@@ -7,7 +7,7 @@
 //   combine                 brings the experts' rows back to their tokens and sums them, weighted
 //
 // All of it is captured once in a CUDA graph, and replayed with other tokens, other experts and another number of
-// tokens each time. Every output is compared with a plain computation on the host; exit status 1 if one differs.
+// tokens each time.  Every output is compared with a plain computation on the host; exit status 1 if one differs.
 // docs/decoding.md says more.
 //
 //   decode_step [-g GPUS] [-n STEPS] [-s SEED]      0 or no -g: all GPUs

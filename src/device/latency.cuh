@@ -3,7 +3,7 @@
 // Packets.  Rows travel in packets of 16 bytes that say by themselves whether they are there: an empty packet holds
 // kEmptyByte in every byte, and a store of 16 bytes by one b128 instruction is seen as a whole (PTX: b128 accesses are
 // single-copy atomic).  So a receiver polls the very packet that it wants; the sender neither fences nor stores a flag,
-// and packets may arrive in any order. A receiver makes a packet empty again when it has used it.
+// and packets may arrive in any order.  A receiver makes a packet empty again when it has used it.
 //   Data may look like an empty packet.  The sender of such data then also stores the unit's tag into the record's
 // literals, with release after the packets of the unit; a receiver that waits for long looks there, with acquire, and
 // takes what is there.
@@ -275,7 +275,7 @@ __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peer
 
 // A claim under way: what a warp may read meanwhile need not wait for the answer.  A rank that had failed when the
 // block began sends nothing (silent), for its calls no longer wait for the peers' and would overwrite what they have
-// yet to read. A claim hands over no data, so it is relaxed.  It stores the call's tag: one that is 2^32 - 1 calls old
+// yet to read.  A claim hands over no data, so it is relaxed.  It stores the call's tag: one that is 2^32 - 1 calls old
 // would pass for this call's.
 struct Claim {
   uint32_t tag, before; // lane 0: the answer, which nothing looks at before mine()

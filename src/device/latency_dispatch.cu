@@ -11,7 +11,7 @@
 // Who does what.  The first blocks send and end, the others receive; where there are few blocks, or one half of a call,
 // all do all that there is to do.  In an SM whose stores to peers wait for the link, loads wait behind the stores:
 // blocks that did both saw headers and picks only once all their rows had gone.  And few senders leave the picks, which
-// go first, a free way. Receiving blocks that have waited for long send what no sender has claimed.
+// go first, a free way.  Receiving blocks that have waited for long send what no sender has claimed.
 // See latency.cuh for packets, waits and who sends.
 #include "device/latency_dispatch_rows.cuh"
 

@@ -94,7 +94,7 @@ struct CommShared {
 MOE_HD uint32_t nextEpoch(uint32_t epoch) { return epoch == UINT32_MAX ? 2 : epoch + 1; }
 
 // Rows are sent, and their arrival is told, in up to kMaxPieces pieces of nVec vectors of 16 bytes; the last may be
-// shorter, or empty. Pieces begin at multiples of 32 vectors, so that a warp's accesses stay aligned and blocks of
+// shorter, or empty.  Pieces begin at multiples of 32 vectors, so that a warp's accesses stay aligned and blocks of
 // scales whole.
 constexpr int kMaxPieces = 4;
 struct RowPieces {

@@ -4,9 +4,9 @@
 // Warps take tokens, or pieces of their rows (RowWork), from a counter.  For each destination rank a warp stores the
 // row (into the first of its slots if peers reach recvX, otherwise into the communicator window), with the first piece
 // the map, weights and the caller's scales, and then posts the flags of the pieces, the epoch, which leave with release
-// at system scope (flag_queue.cuh). Between tokens a warp takes rows to deliver from a second counter: it checks the
+// at system scope (flag_queue.cuh).  Between tokens a warp takes rows to deliver from a second counter: it checks the
 // flags (acquire), for a piece of an expert layout's row also the first piece's, behind which the map has come, and,
-// once they are the epoch, copies the row to its further slots and the small tensors to the caller's. Warps block on a
+// once they are the epoch, copies the row to its further slots and the small tensors to the caller's.  Warps block on a
 // flag only when all tokens have been taken, and a warp that has taken a token never blocks before it has pushed it: so
 // one resident block per rank is enough to finish, whatever else occupies the SMs, and no cooperative launch is needed.
 // Waits are bounded by the communicator's timeout and abort.  Blocks may come while the route kernel still runs; until

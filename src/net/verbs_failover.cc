@@ -3,7 +3,7 @@
 // A path fails on a side when one of its queue pairs reports an error that is not the request's own fault, when an
 // event says so, or when the peer says so.  What makes it hard: a write whose acknowledgement is lost may or may not
 // have come; sent again it would overwrite memory that the receiver has used anew, and the first one may still arrive
-// late. So both sides bury the path before anything is sent again:
+// late.  So both sides bury the path before anything is sent again:
 //   1. A side moves its queue pairs of the path to the error state, after which they take no writes from the peer.  The
 //      receiver then polls until each of them has given back a posted receive: all that came before is counted now.
 //   2. It tells the peer over the socket (PathDown), the receiver together with the pieces that have come.
