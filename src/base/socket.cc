@@ -130,13 +130,15 @@ bool splitHostPort(const std::string& text, std::string* host, int* port) {
   return true;
 }
 
-ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAddress>* addresses) {
+ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAddress>* addresses, const char* what) {
   addrinfo hints{};
   hints.ai_family = AF_UNSPEC;
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* list = nullptr;
   const int error = getaddrinfo(host.c_str(), nullptr, &hints, &list);
-  if (error != 0) return fail(ncclSystemError, "cannot resolve host %s: %s", host.c_str(), gai_strerror(error));
+  if (error != 0) {
+    return fail(ncclSystemError, "%s: host %s cannot be resolved: %s", what, host.c_str(), gai_strerror(error));
+  }
   const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(list, freeaddrinfo);
   for (const addrinfo* at = list; at != nullptr; at = at->ai_next) {
     if (at->ai_family != AF_INET && at->ai_family != AF_INET6) continue;
@@ -145,7 +147,7 @@ ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAd
     address.setPort(port);
     addresses->push_back(address);
   }
-  if (addresses->empty()) return fail(ncclSystemError, "host %s has no IP address", host.c_str());
+  if (addresses->empty()) return fail(ncclSystemError, "%s: host %s has no IP address", what, host.c_str());
   return ncclSuccess;
 }
 

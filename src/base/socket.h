@@ -39,8 +39,8 @@ struct SocketAddress {
 // Splits "HOST:PORT", "[IPV6]:PORT"; the port is 1 to 65535.  False if text is anything else.
 bool splitHostPort(const std::string& text, std::string* host, int* port);
 
-// All addresses of a host name or literal.
-ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAddress>* addresses);
+// All addresses of a host name or literal.  what: begins the sentence of an error.
+ncclResult_t resolveHost(const std::string& host, int port, std::vector<SocketAddress>* addresses, const char* what);
 
 // Addresses of this machine's interfaces that are up, loopback last.
 std::vector<SocketAddress> localAddresses();

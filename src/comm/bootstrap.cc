@@ -18,6 +18,7 @@ constexpr auto kAnswerTime = milliseconds(10000);  // rank 0 answers a hello at 
 constexpr auto kConnectTime = milliseconds(2000);  // to one of several addresses
 constexpr auto kFarewellTime = milliseconds(1000); // to tell the others why there will be no communicator
 constexpr auto kMaxRetryPause = milliseconds(50);
+constexpr char kRendezvous[] = "ncclMoeCommInitHost: rendezvous";
 
 struct Job {
   const CommConfig& config;
@@ -157,7 +158,7 @@ ncclResult_t openDoors(const Job& job, Doorman* doorman, std::string* token, Pub
   }
   *token = job.config.jobToken;
   std::vector<SocketAddress> addresses;
-  MOECHECK(resolveHost(job.rendezvous.host, job.rendezvous.port, &addresses));
+  MOECHECK(resolveHost(job.rendezvous.host, job.rendezvous.port, &addresses, kRendezvous));
   // The port may still be busy for a moment where jobs follow each other.
   const auto deadline = std::min(job.deadline, Clock::now() + kConnectTime);
   int error = 0;
@@ -289,7 +290,7 @@ Greeting greet(const Job& job, MessageSocket& socket, RankTable* table, std::str
 ncclResult_t candidates(Job& job, std::vector<SocketAddress>* addresses, std::string* why) {
   if (job.rendezvous.path.empty()) {
     job.hello.token = job.config.jobToken;
-    return resolveHost(job.rendezvous.host, job.rendezvous.port, addresses);
+    return resolveHost(job.rendezvous.host, job.rendezvous.port, addresses, kRendezvous);
   }
   RendezvousFile file;
   if (!readRendezvousFile(job.rendezvous.path, &file, why)) return ncclSuccess;

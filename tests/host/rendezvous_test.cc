@@ -283,6 +283,23 @@ TEST(Rendezvous, RankZeroDoesNotCome) {
   }
 }
 
+// On rank 0, which would listen there, and on another, which would connect.
+TEST(Rendezvous, HostThatCannotBeResolved) {
+  ClusterOptions options;
+  options.nRanks = 2;
+  options.ranksPerProcess = 1;
+  const ClusterResult result = runRanks(options, [&](Rank& rank) -> std::string {
+    ncclMoeConfig_t c = config();
+    c.jobToken = "secret";
+    ncclMoeComm_t comm = nullptr;
+    RANK_RESULT(ncclMoeCommInitHost(&comm, 2, rank.rank(), "tcp://no..name:4711", &c), ncclSystemError, nullptr,
+                "ncclMoeCommInitHost: rendezvous,no..name");
+    RANK_CHECK(comm == nullptr);
+    return "";
+  });
+  EXPECT_EQ(result.failures(), "");
+}
+
 // Whoever listens at rank 0's place takes connections and never says a word.
 TEST(Rendezvous, SilentListenerInPlaceOfRankZero) {
   const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
