@@ -38,9 +38,9 @@
  *  - From sm_90 on, latency mode's kernels are launched programmatically
  *    (cudaLaunchAttributeProgrammaticStreamSerialization) and wait for the end of the kernel before them.  If that one
  *    triggers its dependents early, their blocks may take SMs that it has left.  If it was itself launched so, it must
- *    wait (cudaGridDependencySynchronize) for what came before. They trigger theirs once all peers have begun the call:
- *    a kernel behind them that is launched so must wait likewise, whatever it touches, for those behind it rely on it.
- *    Its blocks may already hold SMs while the call still runs.
+ *    wait (cudaGridDependencySynchronize) for what came before.  They trigger theirs once all peers have begun the
+ *    call: a kernel behind them that is launched so must wait likewise, whatever it touches, for those behind it rely
+ *    on it.  Its blocks may already hold SMs while the call still runs.
  */
 #ifndef NCCL_MOE_H_
 #define NCCL_MOE_H_
@@ -465,8 +465,9 @@ ncclResult_t pncclMoeCombine(const ncclMoeCombineArgs_t* args, ncclMoeRouting_t 
 /* The second half of the routing's SEND_ONLY dispatch or combine: afterwards its outputs are there.  Latency mode
  * stores them in this half, throughput mode and the host backend may from the first one on: nothing may use them from
  * then on.  Between the two halves nothing runs on the device.  Collective; several routings may be in flight,
- * completed in the same order on every rank; stream-ordered, on any stream; both halves belong into one capture, or
- * neither into any.
+ * completed in the same order on every rank (a first half that a rank refuses on the host backend has no second half
+ * there, and waits like a whole call, for the peers' second halves if need be); stream-ordered, on any stream; both
+ * halves belong into one capture, or neither into any.
  * Errors: ncclInvalidArgument, ncclInvalidUsage (nothing to complete), ncclRemoteError, ncclUnhandledCudaError. */
 ncclResult_t ncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);
 ncclResult_t pncclMoeComplete(ncclMoeRouting_t routing, ncclMoeComm_t moe, cudaStream_t stream);

@@ -1,7 +1,6 @@
 #include "perf/moe/bench.h"
 
 #include <algorithm>
-#include <new>
 #include <numeric>
 
 #include "perf/moe/checker.h"
@@ -326,11 +325,7 @@ class RankRun {
 
 ncclResult_t runRank(const Options& options, Group& group, Device& device, Observer* observer, int64_t* wrong) {
   *wrong = 0;
-  try {
-    return RankRun(options, group, device, observer).run(wrong);
-  } catch (const std::bad_alloc&) {
-    return perfFail(ncclSystemError, "out of host memory with %d tokens of each rank", options.maxTokens);
-  }
+  return RankRun(options, group, device, observer).run(wrong);
 }
 
 } // namespace moe::perf

@@ -40,7 +40,7 @@ class Device {
   // Aligns the ranks before each measurement, and times it.
   virtual ncclResult_t time(const Call& call, const Series& series, double* us) = 0;
   // GB/s at which each rank moves rows of that size, as fast as a plain copy can, all ranks at once: the slowest
-  // rank's. 0 where it cannot be measured.
+  // rank's.  0 where it cannot be measured.
   virtual ncclResult_t roofline(size_t rowBytes, double* gbPerSecond) = 0;
   // One group of plain ncclSend and ncclRecv: sendBytes[r] to rank r and recvBytes[r] from it, in the order of the
   // ranks.

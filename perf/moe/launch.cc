@@ -62,7 +62,14 @@ ncclResult_t rankMain(const Options& o, bool cuda, Group& group, int localIndex,
 // One rank from its beginning to its exit status.
 int rankStatus(const Options& o, bool cuda, Group& group, int localIndex, const std::string& rendezvous) {
   int64_t wrong = 0;
-  if (rankMain(o, cuda, group, localIndex, rendezvous, &wrong) != ncclSuccess) {
+  const auto run = [&]() -> ncclResult_t {
+    try {
+      return rankMain(o, cuda, group, localIndex, rendezvous, &wrong);
+    } catch (const std::bad_alloc&) {
+      return perfFail(ncclSystemError, "out of host memory with %d tokens of each rank", o.maxTokens);
+    }
+  };
+  if (run() != ncclSuccess) {
     const int status = complain("moe_perf", group.rank());
     group.abort();
     return status;

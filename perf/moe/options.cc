@@ -325,9 +325,9 @@ ncclResult_t parseOptions(int argc, char** argv, Options* options) {
     const int opt = getopt_long(argc, argv, "b:e:f:i:n:w:c:d:r:g:h", longOptions, nullptr);
     if (opt == -1) break;
     if (opt == '?') {
-      const char* before = argv[optind - 1]; // of a letter among others it is the argument before theirs
-      const bool isLong = strncmp(before, "--", 2) == 0;
-      const std::string what = isLong ? before : std::string("-") + static_cast<char>(optopt);
+      // A letter may stand among others, of which optind tells nothing.
+      const bool isLetter = optopt > 0 && optopt <= UCHAR_MAX;
+      const std::string what = isLetter ? std::string("-") + static_cast<char>(optopt) : argv[optind - 1];
       return perfFail(ncclInvalidArgument, "'%s' is no option, or lacks its value; see --help", what.c_str());
     }
     maxGiven = maxGiven || opt == 'e';

@@ -20,7 +20,7 @@
 //
 // A bad index is reported (badCall), with a fence before the token's picks are stored.  The block that tells the host
 // looks when it has seen all picks of its own rank and passed a barrier, with a fence before it looks, so it sees the
-// report.
+// report.  (To the letter, PTX wants that fence of the threads that have loaded the picks.)
 //
 // What stands between kernels.  A kernel reads what earlier ones of its rank left (the count of calls, what the last
 // dispatch brought, the map, the picks) without any order but theirs: each waits for the end of the kernel before it
@@ -229,7 +229,7 @@ __device__ __forceinline__ Progress await(const CommView& c, int phase, int peer
 }
 
 // By a whole warp: waits for the packets at from[i], where that is not NULL.  literal(i): what is at from[i] is data
-// whatever it is. peerOf(i): whom it comes from.  kLoaded: got has been loaded once already.
+// whatever it is.  peerOf(i): whom it comes from.  kLoaded: got has been loaded once already.
 template <bool kLoaded, int N, class Peer, class Literal>
 __device__ __forceinline__ Progress take(const CommView& c, int phase, Peer peerOf, uint32_t tag, bool mayStall,
                                          const uint4* const (&from)[N], uint4 (&got)[N], Literal literal) {

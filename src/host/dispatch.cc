@@ -34,9 +34,11 @@ class DispatchOp final : public Op {
   }
 
  protected:
-  int64_t rowsTo(int peer) const override { return mine_.kind == Verdict::ok ? routing_.send.rowsTo(peer) : 0; }
+  // Of a kept routing also when the call is refused: with them the peers have what they had.
+  bool planned() const { return mine_.kind == Verdict::ok || (args_.flags & NCCL_MOE_KEEP_ROUTING) != 0; }
+  int64_t rowsTo(int peer) const override { return planned() ? routing_.send.rowsTo(peer) : 0; }
   const int32_t* countsTo(int peer, int* n) const override {
-    *n = mine_.kind == Verdict::ok ? host_.nLocal(peer) : 0;
+    *n = planned() ? host_.nLocal(peer) : 0;
     return routing_.send.counts() + host_.firstLocal(peer);
   }
   int countsFrom() const override { return host_.nLocal(); }

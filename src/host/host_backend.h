@@ -2,7 +2,8 @@
 //
 // Calls form a queue, in which only the first makes progress: all ranks make the same calls in the same order, so
 // nothing is lost by that and nothing can overtake.  A SEND_ONLY call is put in the queue and moved as far as it goes
-// without waiting; ncclMoeComplete, or any later call that waits, brings it to its end.
+// without waiting; ncclMoeComplete, or any later call that waits, brings it to its end.  Only one that this rank
+// refuses waits, as a whole call does.
 //
 // Waiting: spin, then yield, then sleep on the sockets.  It ends with progress, after timeoutMs without any, on abort,
 // or when a peer that is still needed has gone.  The last three are final: the peers are told, and every later call
@@ -82,7 +83,7 @@ class HostBackend final : public Backend {
   bool streams(size_t bytes) const { return bytes >= streamBytes_; }
 
  private:
-  // Runs a call to its end, or a SEND_ONLY one as far as it goes without waiting.
+  // Runs a call to its end, or a SEND_ONLY one that is not refused as far as it goes without waiting.
   ncclResult_t run(std::unique_ptr<Op> op);
   ncclResult_t launch(std::unique_ptr<Op> op, HostRouting& routing);
   // Until the call has ended, or *early is true.

@@ -352,6 +352,7 @@ __global__ void __launch_bounds__(kThreads) checkDispatchKernel(Steps s) {
     n += here;
     __syncthreads();
   }
+  if (s.layout == ncclMoeLayoutExpertMajor && l == s.nLocal - 1) end = s.rows(); // behind the last group too
   const uint4 poison = make_uint4(kPoison, kPoison, kPoison, kPoison);
   const int offset = share * kThreads + threadIdx.x;
   for (long long i = (first + n) * nPackets + offset; i < end * nPackets; i += nShares * kThreads) {

@@ -245,10 +245,10 @@ TEST(GpuLatencyMode, GraphOfForkedStreams) {
             RANK_OK(dispatch(1, 1), rank.comm());
             RANK_OK(complete(0, 1), rank.comm());
             RANK_OK(complete(1, 0), rank.comm());
-            RANK_OK(combine(1, 1), rank.comm());
-            RANK_OK(combine(0, 0), rank.comm());
-            RANK_OK(complete(1, 0), rank.comm());
-            RANK_OK(complete(0, 1), rank.comm());
+            RANK_OK(combine(1, 0), rank.comm());
+            RANK_OK(combine(0, 1), rank.comm());
+            RANK_OK(complete(1, 1), rank.comm());
+            RANK_OK(complete(0, 0), rank.comm());
             RANK_CUDA(cudaEventRecord(joined, streams[1]));
             RANK_CUDA(cudaStreamWaitEvent(streams[0], joined, 0));
             return "";

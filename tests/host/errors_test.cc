@@ -113,9 +113,11 @@ TEST_P(Errors, ReceiveCapacityExceeded) {
   }
 }
 
-TEST_P(Errors, CapacityExceededWhileKeepingTheRouting) {
+TEST_P(Errors, RefusedWhileKeepingTheRouting) {
   const World world = smallWorld(2);
   const Reference reference(busyProblem(world, ncclMoeLayoutExpertMajor));
+  Random random(testSeed());
+  const CombineProblem sums = randomCombine(random, world, reference);
   const ClusterResult result = runRanks(optionsFor(GetParam(), 2), [&](Rank& rank) -> std::string {
     RANK_OK(rank.init(world.config()), nullptr);
     const ncclMoeRoutingConfig_t config = routingConfig(world, reference.problem(), false);
@@ -135,7 +137,20 @@ TEST_P(Errors, CapacityExceededWhileKeepingTheRouting) {
       const std::string words = "rank 0," + std::to_string(reference.rowsNeeded(0));
       RANK_RESULT(keep(tight), ncclInvalidUsage, rank.comm(), words);
       RANK_TRY(tight.verifyRowsUntouched());
-      const DispatchCall call(reference, rank.rank(), style); // the routing is still there
+      // The routing is still there, for a combine and for another dispatch.
+      CombineCall combine(reference, sums, rank.rank(), false, 0);
+      RANK_OK(ncclMoeCombine(&combine.args(), routing, rank.comm(), nullptr), rank.comm());
+      RANK_TRY(combine.verify());
+      // Nor do other tokens than the kept ones end it.
+      DispatchCall other(reference, rank.rank(), style);
+      const int nTokens = other.args().nTokens - 1;
+      if (rank.rank() == 0) other.args().nTokensDev = &nTokens;
+      RANK_RESULT(keep(other), ncclInvalidArgument, rank.comm(), "rank 0,nTokensDev");
+      RANK_TRY(other.verifyRowsUntouched());
+      CombineCall again(reference, sums, rank.rank(), false, 0);
+      RANK_OK(ncclMoeCombine(&again.args(), routing, rank.comm(), nullptr), rank.comm());
+      RANK_TRY(again.verify());
+      const DispatchCall call(reference, rank.rank(), style);
       RANK_OK(keep(call), rank.comm());
       RANK_TRY(call.verify());
     }
@@ -189,22 +204,26 @@ TEST_P(Errors, RefusedFirstHalf) {
   const Reference reference(busyProblem(world, ncclMoeLayoutExpertMajor));
   const ClusterResult result = runRanks(optionsFor(GetParam(), nRanks), [&](Rank& rank) -> std::string {
     ncclMoeConfig_t config = world.config();
-    config.timeoutMs = 5000;
+    config.timeoutMs = 1000 * kSlow;
     RANK_OK(rank.init(config), nullptr);
     const ncclMoeRoutingConfig_t routingOf = routingConfig(world, reference.problem(), false);
     ncclMoeRouting_t routing = nullptr;
     RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &routingOf), rank.comm());
     const bool refuses = rank.rank() == 1;
+    const auto sleepMs = [](int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); };
     const auto inHalves = [&](const char* words, const std::function<ncclResult_t()>& firstHalf) -> std::string {
       if (refuses) {
         RANK_TRY(expectResult("the first half", firstHalf(), ncclInvalidArgument, rank.comm(), words));
         RANK_RESULT(ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidUsage, rank.comm(), "SEND_ONLY");
-        return "";
+      } else {
+        sleepMs(100);
+        RANK_OK(firstHalf(), rank.comm());
+        RANK_TRY(expectResult("the second half", ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidArgument,
+                              rank.comm(), "rank 1"));
       }
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-      RANK_OK(firstHalf(), rank.comm());
-      return expectResult("the second half", ncclMoeComplete(routing, rank.comm(), nullptr), ncclInvalidArgument,
-                          rank.comm(), "rank 1");
+      // Until the next call, for which the others must not have to wait.
+      sleepMs(config.timeoutMs + 500);
+      return "";
     };
     DispatchStyle style;
     style.flags = NCCL_MOE_SEND_ONLY;
