@@ -106,8 +106,8 @@ typedef enum {
                               * 96 KiB */
 } ncclMoeMode_t;
 
-/* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs,
- * but for numSms and timeoutMs; jobToken is not compared but needed to meet). */
+/* What a communicator is sized for.  The same on every rank (checked at init, which names the field that differs) but
+ * for numSms and timeoutMs.  Ranks whose jobToken differs do not meet. */
 typedef struct ncclMoeConfig {
   size_t size;
   unsigned int magic;

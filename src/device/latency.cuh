@@ -180,6 +180,11 @@ __device__ __forceinline__ uint4 packFours(float value, int n) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Whether this lane has an extra packet of a cast segment: lane i that of half i, if there is any of it.
+__device__ __forceinline__ bool carriesScales(int segment, int nPackets) {
+  const int lane = threadIdx.x & 31;
+  return lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+}
 // The scales of half i of a segment: of the warp's four blocks, one for each eight lanes.  They travel as one packet,
 // which lane i of *extras gets and, after the journey, has.
 __device__ __forceinline__ void packScales(float scale, bool active, int i, uint4* extras) {

@@ -33,10 +33,8 @@ struct Shape {
 struct Place {
   int at[2];
   bool has[2];
-  bool hasExtras; // of a cast: lane i the packet with the scales of half i
-  __device__ __forceinline__ Place(int segment, int nPackets)
-    : hasExtras((threadIdx.x & 31) < 2 &&
-                segment * kSegmentPackets + 32 * static_cast<int>(threadIdx.x & 31) < nPackets) {
+  bool hasExtras; // of a cast
+  __device__ __forceinline__ Place(int segment, int nPackets) : hasExtras(carriesScales(segment, nPackets)) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       at[i] = segment * kSegmentPackets + static_cast<int>(threadIdx.x & 31) + 32 * i;
@@ -254,7 +252,6 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
   const LatencyView& v = a.view;
   const int lane = threadIdx.x & 31;
   const Place place(segment, nPackets);
-  const auto record = [&](int plane) { return packets(own(v), v.layout.record(call.parity, plane, t)); };
   float acc[2][kElems] = {};
 #pragma unroll 1
   for (unsigned long long rest = planes; rest != 0;) {
@@ -265,7 +262,7 @@ __device__ __forceinline__ Progress receiveSegment(const LatencyCombineArgs& a, 
     for (int j = 0; j < kTaken; j++) {
       plane[j] = rest != 0 ? __ffsll(static_cast<long long>(rest)) - 1 : -1;
       rest &= rest - 1;
-      const uint4* base = record(max(plane[j], 0));
+      const uint4* base = packets(own(v), v.layout.record(call.parity, max(plane[j], 0), t));
 #pragma unroll
       for (int i = 0; i < 2; i++) from[j * kEach + i] = plane[j] >= 0 && place.has[i] ? base + place.at[i] : nullptr;
       if constexpr (kExact) {

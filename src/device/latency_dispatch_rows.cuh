@@ -37,8 +37,7 @@ template <bool kCast> struct Arrival {
         if (at < nPackets) from[j] = record + at;
       }
       if constexpr (kCast) {
-        const bool has = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
-        if (has) from[2] = record + v.layout.extrasOf(segment) + lane;
+        if (carriesScales(segment, nPackets)) from[2] = record + v.layout.extrasOf(segment) + lane;
       }
     }
 #pragma unroll

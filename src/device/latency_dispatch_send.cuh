@@ -174,7 +174,7 @@ __device__ __forceinline__ bool send(const LatencyDispatchArgs& a, const Call& c
         packet[i] = castSixteen(raw, a.quant == ncclMoeQuantFp8Ue8m0, &scale);
         packScales(scale, at[i] < nPackets, i, &extras);
       }
-      hasExtras = lane < 2 && segment * kSegmentPackets + 32 * lane < nPackets;
+      hasExtras = carriesScales(segment, nPackets);
     } else {
       packet[0] = out.raw[0], packet[1] = out.raw[1];
     }

@@ -136,8 +136,8 @@ __device__ __forceinline__ void recordFailure(const CommView& c, int code, int p
 // most waits: a rank that waits for a late one would be late itself, the other would wait for it in the same manner,
 // and so on, call after call.
 __device__ __forceinline__ bool abortIsDue() {
-  constexpr unsigned kTurnBits =
-    16; // a turn is 66 us: few waits that look every 32 polls miss it, and have another in 8 ms
+  // A turn is 66 us: few waits that look every 32 polls miss it, and they have another in 8 ms.
+  constexpr unsigned kTurnBits = 16;
   constexpr unsigned kTurns = 128;
   uint32_t ns, sm;
   asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(ns));

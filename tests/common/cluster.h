@@ -8,11 +8,13 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <ostream>
 #include <random>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,6 +30,8 @@ constexpr bool kSanitized = false;
 // How much less to do, and how much longer to wait, under a sanitizer.
 constexpr int kFewer = kSanitized ? 6 : 1;
 constexpr int kSlow = kSanitized ? 3 : 1;
+
+inline void sleepMs(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
 // The seed of this run: MOE_TEST_SEED, or else new at each start.  Printed by every test that fails.
 uint64_t testSeed();

@@ -16,7 +16,6 @@ using Clock = std::chrono::steady_clock;
 long long millisecondsSince(Clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start).count();
 }
-void sleepMs(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
 // One whose every rank has a few tokens and receives a few rows.
 DecodeCase lively(uint64_t seed, const DecodeShape& shape) {

@@ -2,9 +2,7 @@
 // the communicator works afterwards.
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <functional>
-#include <thread>
 
 #include "host/job.h"
 
@@ -202,6 +200,8 @@ TEST_P(Errors, RefusedFirstHalf) {
   const int nRanks = 3;
   const World world = smallWorld(nRanks);
   const Reference reference(busyProblem(world, ncclMoeLayoutExpertMajor));
+  Random random(testSeed());
+  const CombineProblem sums = randomCombine(random, world, reference);
   const ClusterResult result = runRanks(optionsFor(GetParam(), nRanks), [&](Rank& rank) -> std::string {
     ncclMoeConfig_t config = world.config();
     config.timeoutMs = 1000 * kSlow;
@@ -210,7 +210,6 @@ TEST_P(Errors, RefusedFirstHalf) {
     ncclMoeRouting_t routing = nullptr;
     RANK_OK(ncclMoeRoutingCreate(&routing, rank.comm(), &routingOf), rank.comm());
     const bool refuses = rank.rank() == 1;
-    const auto sleepMs = [](int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); };
     const auto inHalves = [&](const char* words, const std::function<ncclResult_t()>& firstHalf) -> std::string {
       if (refuses) {
         RANK_TRY(expectResult("the first half", firstHalf(), ncclInvalidArgument, rank.comm(), words));
@@ -234,15 +233,10 @@ TEST_P(Errors, RefusedFirstHalf) {
     RANK_TRY(inHalves("topkIdx", [&] { return ncclMoeDispatch(&dispatch.args(), routing, rank.comm(), nullptr); }));
     RANK_TRY(dispatch.verifyRowsUntouched());
     RANK_TRY(exchange(rank, routing, reference));
-    const std::vector<uint16_t> x(static_cast<size_t>(reference.delivery(rank.rank()).span) * 48);
-    std::vector<uint16_t> out(static_cast<size_t>(world.maxTokens) * 48);
-    ncclMoeCombineArgs_t args = NCCL_MOE_COMBINE_ARGS_INITIALIZER;
-    args.x = refuses ? nullptr : x.data();
-    args.type = ncclBfloat16;
-    args.hidden = 48;
-    args.out = out.data();
-    args.flags = NCCL_MOE_SEND_ONLY;
-    RANK_TRY(inHalves("args.x", [&] { return ncclMoeCombine(&args, routing, rank.comm(), nullptr); }));
+    CombineCall combine(reference, sums, rank.rank(), false, NCCL_MOE_SEND_ONLY);
+    if (refuses) combine.args().x = nullptr;
+    RANK_TRY(inHalves("args.x", [&] { return ncclMoeCombine(&combine.args(), routing, rank.comm(), nullptr); }));
+    RANK_TRY(combine.verifyUntouched());
     return exchange(rank, routing, reference);
   });
   EXPECT_EQ(result.failures(), "");

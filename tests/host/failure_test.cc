@@ -18,8 +18,6 @@ int millisecondsSince(Clock::time_point start) {
   return static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start).count());
 }
 
-void sleepMs(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
-
 constexpr int kExperts = 6;
 constexpr int kLongTimeoutMs = 60000; // so that only noticing ends a wait
 constexpr int kQuicklyMs = 4000 * kSlow;

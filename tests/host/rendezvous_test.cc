@@ -7,10 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <fstream>
 #include <sstream>
-#include <thread>
 
 #include "host/job.h"
 
@@ -18,8 +16,6 @@ namespace moe::test {
 namespace {
 
 constexpr int kExperts = 3;
-
-void sleepMs(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
 ncclMoeConfig_t config(int timeoutMs = 20000 * kSlow) { return makeConfig(kExperts, 8, 1, 64, timeoutMs); }
 
